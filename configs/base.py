@@ -1,0 +1,89 @@
+"""Every key that exists, its default and what it means; nothing else defines a default.
+
+The defaults are the canonical run: ViT-B/16 with a GPT-2-base text tower by the DataComp recipe of
+LeVLJEPA (arXiv 2607.00784). Other configs are a difference to this one.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  """The default configuration; `main` locks it, so that a misspelt key raises."""
+  c = ConfigDict()
+
+  c.seed = 0
+  c.steps = 200_000
+  c.batch_size = 4096  # global: over all devices and processes
+  c.accumulate = 1  # micro-batches per step; BatchNorm and SIGReg see one micro-batch at a time
+  c.log_every = 50
+  c.eval_every = 10_000  # 0: only at the end
+  c.checkpoint_every = 2_000
+  c.keep_checkpoints = 2
+  c.wandb = ""  # project name; needs the wandb package
+
+  c.mesh = ConfigDict()
+  c.mesh.data = -1  # -1: all devices that the other two leave
+  c.mesh.fsdp = 1  # splits batch, parameters and optimizer state
+  c.mesh.tensor = 1  # splits the towers' heads and hidden units
+
+  c.model = ConfigDict()
+  c.model.size = "base"  # nano, micro, tiny, small, base, large: of both towers
+  c.model.image_size = 224
+  c.model.patch_size = 16
+  c.model.statistics = "clip"  # image normalisation: clip (training, zero-shot), imagenet
+  c.model.embed_dim = 256  # D; 256 in the released ViT-B, 768 in the release's configs
+  c.model.hidden_dim = 2048  # of embedding heads and predictors
+  c.model.predictor_depth = 4  # hidden layers; 0 removes the predictors
+  c.model.scan = True  # one compiled layer in a loop; False: unrolled, same numbers
+  c.model.remat = "none"  # none, dots, full: what the backward pass recomputes
+  c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
+
+  c.text = ConfigDict()
+  c.text.length = 77
+  c.text.readout = "eot"  # eot (release 2), last (release 1)
+  c.text.tokenizer = ""  # "emoji" (embedded) or the path of a SentencePiece .model
+
+  c.objective = ConfigDict()
+  c.objective.name = "levljepa"
+  c.objective.align = "mse"  # mse (mean over D), mse_sum (the paper's sum over D), cosine
+  c.objective.stop_gradient = True  # on the predicted embeddings; False only to see it fail
+  c.objective.lambda_img = 0.02
+  c.objective.lambda_txt = 0.02
+  c.objective.num_slices = 4096  # multiples of 64 run fastest
+  c.objective.knots = 17
+  c.objective.t_max = 3.0
+  c.objective.group_size = 256  # rows per SIGReg statistic; the reference's local batch; 0: all
+  c.objective.scale_rows = 256  # its multiplier; LeJEPA's library uses the global batch
+
+  c.optim = ConfigDict()
+  c.optim.name = "adamw"
+  c.optim.lr = 2e-4
+  c.optim.schedule = "cosine"  # cosine, wsd (warm-up, stable, cosine decay)
+  c.optim.warmup = 1000  # steps
+  c.optim.warmup_from = 0.0  # share of lr at step 0; 0.01 in release 2
+  c.optim.final = 0.1  # share of lr at the last step
+  c.optim.decay = 0.15  # wsd: share of the steps that decay
+  c.optim.weight_decay = 0.01
+  c.optim.decay_on = "all"  # all (the reference), matrices
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.999
+  c.optim.eps = 1e-8
+  c.optim.clip = 1.0  # global norm; 0: off
+
+  c.data = ConfigDict()
+  c.data.source = "array_record"  # array_record, emoji (embedded)
+  c.data.path = ""  # pattern of the training files
+  c.data.split = "train"  # of embedded sources
+  c.data.workers = 0  # processes; 0: a thread of the training process
+  c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
+  c.data.augment = "standard"  # standard (release 2), resize (release 1)
+  c.data.crop_scale = (0.8, 1.0)
+  c.data.flip = 0.5
+  c.data.jitter_prob = 0.3
+  c.data.jitter = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue
+  c.data.grey_prob = 0.05
+  c.data.tag_prob = 0.5  # how often tags join the caption, where a data set has tags
+  c.data.eval_resize = 256 / 224  # shorter side over crop side in evaluations
+
+  c.evals = ConfigDict()  # name -> what jepa_vl/evals/__init__.py documents
+  return c

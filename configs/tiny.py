@@ -1,0 +1,52 @@
+"""A small model on the embedded dataset: minutes on two CPU cores, seconds on a GPU."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from jepa_vl.data import embedded
+
+# A: other drawing style, seen concepts; B: seen styles, unseen families; C: both unseen; val and
+# val_style: as B and C from families of their own, for choosing hyper-parameters.
+SPLITS = ("val", "val_style", "A", "B", "C")
+
+
+def get_config():
+  c = base.get_config()
+  c.steps = 1200
+  c.batch_size = 256
+  c.log_every = 20
+  c.eval_every = 400
+  c.checkpoint_every = 200
+
+  c.model.size = "nano"
+  c.model.image_size = 48
+  c.model.patch_size = 8
+  c.model.embed_dim = 64
+  c.model.hidden_dim = 256
+  c.model.predictor_depth = 2
+
+  c.text.length = 24
+  c.text.tokenizer = "emoji"
+
+  c.objective.num_slices = 512
+  c.objective.group_size = 0
+
+  c.optim.lr = 1e-3
+  c.optim.warmup = 100
+
+  c.data.source = "emoji"
+  c.data.eval_resize = 1.0
+  c.data.crop_scale = (0.6, 1.0)
+  c.data.flip = 0.0  # captions name directions
+
+  where = {"source": "emoji", "path": "", "splits": SPLITS}
+  c.evals.retrieval = ConfigDict({**where, "ranks": (1, 5, 10)})
+  c.evals.zeroshot = ConfigDict(
+    {**where, "label": "group", "classes": tuple(embedded.info()["groups"]), "prompt": "{}"}
+  )
+  c.evals.probe = ConfigDict(
+    {**where, "label": "group", "train_split": "train", "select_split": "val"}
+  )
+  c.evals.probe.l2 = (1e-3, 1e-2, 1e-1, 1.0)
+  c.evals.rank = ConfigDict(where)
+  return c

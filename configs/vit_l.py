@@ -1,0 +1,10 @@
+"""ViT-L/16 and a text tower of its size, otherwise as vit_b; layers are recomputed to save memory."""
+
+from configs import base
+
+
+def get_config():
+  c = base.get_config()
+  c.model.size = "large"
+  c.model.remat = "dots"
+  return c

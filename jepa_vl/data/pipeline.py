@@ -1,0 +1,123 @@
+"""Batches in an exact order: batch k is a function of (seed, k), whoever computes it.
+
+Position p of the endless stream belongs to epoch p // n and, through that epoch's permutation, to
+one example; batch k holds positions k B .. k B + B - 1. Augmentation and caption are keyed by
+(seed, epoch, example). Neither processes, workers nor a restart enter, so the data position of a
+run is its step number.
+"""
+
+import grain
+import numpy as np
+
+from jepa_vl.data import transforms
+from jepa_vl.data.sources import DamagedRecord
+from jepa_vl.data.tokenizer import tokenize
+
+MODEL_KEYS = ("image", "text", "mask")  # the rest of a batch stays on the host
+
+# So many unreadable records in a row mean that the data set is broken, not one record of it.
+_GIVE_UP = 1000
+
+
+class Rows:
+  """Row q of this process: decoded, augmented and tokenised, as a dict of arrays.
+
+  `image` (S, S, 3) uint8, `text` (L,) int32, `mask` (L,) bool; host side: `index` (the example),
+  `bad` (the first unreadable index that it replaces, or -1) and `truncated`.
+  """
+
+  def __init__(self, source, tokenizer, cfg, *, batch_size, seed, start_step, process, processes):
+    if cfg.augment not in transforms.AUGMENT:
+      raise ValueError(
+        f"data.augment must be one of {', '.join(transforms.AUGMENT)}, got {cfg.augment!r}"
+      )
+    self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
+    self._batch_size, self._seed, self._start = batch_size, seed, start_step
+    self._process, self._local = process, batch_size // processes
+    self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+
+  def __len__(self):
+    return np.iinfo(np.int64).max // 2
+
+  def __getitem__(self, q):
+    step, row = divmod(q, self._local)
+    position = (self._start + step) * self._batch_size + self._process * self._local + row
+    epoch = position // len(self._source)
+    example = int(self._order[position])
+    record, image, index = read_from(self._source, example)
+    rng = np.random.default_rng((self._seed, epoch, index))
+    cfg = self._cfg
+    image = transforms.AUGMENT[cfg.augment](image, rng, cfg.image_size, cfg)
+    caption = transforms.training_caption(record, rng, cfg.tag_prob)
+    text, mask, truncated = tokenize(
+      self._tokenizer, [caption], length=cfg.text_length, readout=cfg.readout
+    )
+    return {
+      "image": image,
+      "text": text[0],
+      "mask": mask[0],
+      "index": np.int64(index),
+      "bad": np.int64(example if index != example else -1),
+      "truncated": truncated[0],
+    }
+
+
+def read_from(source, index):
+  """The record and decoded image at `index` or, if unreadable, at the next readable index.
+
+  Raises:
+    ValueError: a long run of unreadable records.
+  """
+  for i in range(index, index + min(len(source), _GIVE_UP)):
+    try:
+      record = source[i % len(source)]
+      return record, transforms.decode(record["image"]), i % len(source)
+    except DamagedRecord as e:
+      reason = e
+  raise ValueError(
+    f"{min(len(source), _GIVE_UP)} records in a row from {index} cannot be used (last: {reason}); "
+    "check that data.path names image-caption records"
+  )
+
+
+def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, processes=1):
+  """Iterator over this process's rows of the global batches start_step, start_step + 1, ...
+
+  cfg: the config's `data` sub-tree with `image_size`, `text_length` and `readout` added.
+
+  Raises:
+    ValueError: `batch_size` is not a multiple of the number of processes.
+  """
+  if batch_size % processes:
+    raise ValueError(f"batch_size={batch_size} is not a multiple of the {processes} processes")
+  rows = Rows(
+    source, tokenizer, cfg, batch_size=batch_size, seed=seed, start_step=start_step,
+    process=process, processes=processes,
+  )  # fmt: skip
+  local = batch_size // processes
+  threads = grain.ReadOptions(num_threads=1 if not cfg.workers else 4, prefetch_buffer_size=2 * local)
+  ds = grain.MapDataset.source(rows).to_iter_dataset(threads).batch(local, drop_remainder=True)
+  if cfg.workers:
+    ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers))
+  return iter(ds)
+
+
+def evaluation_rows(source, *, image_size, resize_ratio):
+  """All readable records in order, and the indices left out.
+
+  Returns:
+    records without their `image` bytes (list of dict), images (N, S, S, 3) uint8, left_out.
+  """
+  records, images, left_out = [], [], []
+  for index in range(len(source)):
+    try:
+      record = source[index]
+      image = transforms.decode(record["image"])
+    except DamagedRecord:
+      left_out.append(index)
+      continue
+    images.append(transforms.centre_crop(image, image_size, resize_ratio))
+    records.append({k: v for k, v in record.items() if k != "image"})
+  if not images:
+    raise ValueError(f"none of the {len(source)} records of the evaluation data can be read")
+  return records, np.stack(images), left_out

@@ -1,0 +1,96 @@
+"""Indexable sources of image-caption records.
+
+A record is a dict with `image` (encoded bytes), `caption` (str) and, where a data set has them,
+`tags` (list of str) and labels for evaluation. `prepare`d data are msgpack dicts in ArrayRecord.
+"""
+
+import glob
+import hashlib
+import os
+
+import msgpack
+
+from jepa_vl.data import embedded
+
+
+class DamagedRecord(Exception):
+  """One record that cannot be used; the message says which and why."""
+
+
+class ArrayRecord:
+  """Records of one or several ArrayRecord files, in the files' order.
+
+  Raises:
+    FileNotFoundError: nothing matches the pattern.
+    ValueError: a file is empty or truncated, named.
+  """
+
+  def __init__(self, pattern):
+    self.paths = sorted(glob.glob(pattern))
+    if not self.paths:
+      raise FileNotFoundError(
+        f"data.path={pattern!r} matches no file; expected one or more ArrayRecord files, for "
+        "example --config.data.path='/data/pairs/train-*.array_record'"
+      )
+    self._reader = _open(self.paths)
+
+  def __len__(self):
+    return len(self._reader)
+
+  def __getitem__(self, index):
+    """The record at `index`. Raises DamagedRecord."""
+    try:
+      record = msgpack.unpackb(self._reader[index])
+    except Exception as e:  # the reader and msgpack each have a family of their own
+      raise DamagedRecord(f"record {index}: cannot be read ({type(e).__name__}: {e})") from e
+    if not isinstance(record, dict) or not {"image", "caption"} <= set(record):
+      raise DamagedRecord(f"record {index}: no msgpack dict with 'image' and 'caption'")
+    return record
+
+  @property
+  def identity(self):
+    """Changes when the files' names, sizes or number of records do."""
+    parts = [f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths]
+    digest = hashlib.sha256("\n".join([*parts, str(len(self))]).encode()).hexdigest()[:16]
+    return f"{len(self)} records, {digest}"
+
+
+def _open(paths):
+  from array_record.python import array_record_data_source  # late: workers import this module
+
+  for path in paths:  # one by one, so that the error names the file
+    try:
+      if os.path.getsize(path) == 0:
+        raise ValueError("it is empty")
+      if len(array_record_data_source.ArrayRecordDataSource([path])) == 0:
+        raise ValueError("it holds no record")
+    except Exception as e:
+      raise ValueError(
+        f"{path} is not a whole ArrayRecord file ({str(e).splitlines()[0]}); it may have been cut "
+        "short in copying: copy or prepare it again, or leave it out of data.path"
+      ) from e
+  return array_record_data_source.ArrayRecordDataSource(paths)
+
+
+SOURCES = {
+  "emoji": lambda path, split: ArrayRecord(embedded.split_path(split)),
+  "array_record": lambda path, split: ArrayRecord(path),
+}
+
+
+def open_source(name, path, split):
+  """The source `name` of SOURCES; `path` for those that need one, `split` for embedded ones.
+
+  Raises:
+    ValueError: unknown name, or a path that is needed and empty.
+  """
+  if name not in SOURCES:
+    raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {name!r}")
+  if name != "emoji" and not path:
+    raise ValueError(
+      f"data.path is empty, and data.source={name!r} needs one. Give the pattern of your training "
+      "records, --config.data.path='/data/pairs/train-*.array_record' (README, \"Your own data\", "
+      "shows how to write them), or try the program on the embedded dataset: "
+      "--config=configs/tiny.py"
+    )
+  return SOURCES[name](path, split)

@@ -1,0 +1,123 @@
+"""Decoding, augmentation and evaluation crops on uint8 RGB images, and the choice of caption."""
+
+import cv2
+import numpy as np
+
+from jepa_vl.data.sources import DamagedRecord
+
+cv2.setNumThreads(0)  # parallelism is the pipeline's: threads here would fight its workers
+
+
+def decode(data):
+  """Encoded bytes -> (H, W, 3) uint8 RGB; transparency is dropped. Raises DamagedRecord."""
+  try:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+  except (cv2.error, TypeError, ValueError) as e:
+    raise DamagedRecord(f"image cannot be decoded ({type(e).__name__})") from e
+  if image is None:
+    raise DamagedRecord(f"image cannot be decoded ({len(data)} bytes of an unknown format)")
+  return image
+
+
+def resize(image, height, width):
+  """Antialiased when shrinking (area), bicubic when enlarging."""
+  if image.shape[:2] == (height, width):
+    return image
+  shrinks = image.shape[0] >= height and image.shape[1] >= width
+  method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+  return cv2.resize(image, (width, height), interpolation=method)
+
+
+def centre_crop(image, size, resize_ratio):
+  """The evaluation crop: shorter side to size * resize_ratio, then the central size x size."""
+  short = round(size * resize_ratio)
+  h, w = image.shape[:2]
+  scale = short / min(h, w)
+  image = resize(image, max(round(h * scale), size), max(round(w * scale), size))
+  top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+  return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(image, size, rng, scale, ratio=(3 / 4, 4 / 3)):
+  """A box of random area (a share of the image in `scale`) and aspect, resized to size x size."""
+  h, w = image.shape[:2]
+  for _ in range(10):
+    area = h * w * rng.uniform(*scale)
+    aspect = np.exp(rng.uniform(*np.log(ratio)))
+    bh, bw = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+    if 0 < bh <= h and 0 < bw <= w:
+      top, left = rng.integers(h - bh + 1), rng.integers(w - bw + 1)
+      return resize(image[top : top + bh, left : left + bw], size, size)
+  return centre_crop(image, size, 1.0)
+
+
+def colour_jitter(image, rng, brightness, contrast, saturation, hue):
+  """Random brightness, contrast, saturation and hue, in random order (torchvision's semantics)."""
+  image = image.astype(np.float32) / 255.0
+  factor = lambda s: rng.uniform(max(0.0, 1 - s), 1 + s)
+  steps = [
+    lambda x: x * factor(brightness),
+    lambda x: _blend(x, _grey(x).mean(), factor(contrast)),
+    lambda x: _blend(x, _grey(x), factor(saturation)),
+    lambda x: _shift_hue(x, rng.uniform(-hue, hue)),
+  ]
+  for i in rng.permutation(len(steps)):
+    image = np.clip(steps[i](image), 0.0, 1.0)
+  return np.round(image * 255.0).astype(np.uint8)
+
+
+def greyscale(image):
+  """Luma in all three channels."""
+  grey = _grey(image.astype(np.float32))
+  return np.repeat(np.round(grey), 3, axis=2).astype(np.uint8)
+
+
+def _grey(x):
+  return x @ np.array([[0.299], [0.587], [0.114]], np.float32)  # (H, W, 1)
+
+
+def _blend(x, other, factor):
+  return factor * x + (1 - factor) * other
+
+
+def _shift_hue(x, turn):
+  hsv = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2HSV)
+  hsv[..., 0] = (hsv[..., 0] + 360.0 * turn) % 360.0
+  return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def resize_only(image, rng, size, cfg):
+  """No randomness: the whole image, resized to size x size (release 1)."""
+  return resize(image, size, size)
+
+
+def standard(image, rng, size, cfg):
+  """RandomResizedCrop, flip, colour jitter and greyscale with the config's strengths (release 2)."""
+  image = random_resized_crop(image, size, rng, tuple(cfg.crop_scale))
+  if rng.random() < cfg.flip:
+    image = image[:, ::-1]
+  if rng.random() < cfg.jitter_prob:
+    image = colour_jitter(image, rng, *cfg.jitter)
+  if rng.random() < cfg.grey_prob:
+    image = greyscale(image)
+  return np.ascontiguousarray(image)
+
+
+AUGMENT = {"standard": standard, "resize": resize_only}
+
+
+def training_caption(record, rng, tag_prob):
+  """The caption or, with probability `tag_prob`, the caption and a random subset of the tags.
+
+  The tags stand in random order, so no two epochs show one image with quite the same words.
+  """
+  tags = record.get("tags") or []
+  if not tags or rng.random() >= tag_prob:
+    return record["caption"]
+  chosen = rng.permutation(len(tags))[: rng.integers(1, len(tags) + 1)]
+  return ", ".join([record["caption"], *(tags[i] for i in chosen)])
+
+
+def full_caption(record):
+  """The caption and all its tags in their own order: what evaluations use."""
+  return ", ".join([record["caption"], *(record.get("tags") or [])])

@@ -1,0 +1,86 @@
+"""Evaluations by name: run(encode, variables, mesh, **cfg) -> {key: float}.
+
+`config.evals` maps a name of EVALS to the keyword arguments of its `run`. A key may come with
+floors, the same key followed by "@random", "@majority" or "@raw_pixels".
+"""
+
+import numpy as np
+
+from jepa_vl import metrics
+from jepa_vl.evals import common, probes, rank, retrieval, zeroshot
+
+EVALS = {
+  "retrieval": retrieval.run,
+  "zeroshot": zeroshot.run,
+  "probe": probes.run,
+  "rank": rank.run,
+}
+
+FLOORS = ("random", "majority", "raw_pixels")
+
+
+def check(cfg):
+  """Raises ValueError if the config's `evals` sub-tree names an unknown evaluation."""
+  for name in cfg:
+    if name not in EVALS:
+      raise ValueError(f"evals.{name}: no such evaluation; known are {', '.join(EVALS)}")
+
+
+def run_all(encode, variables, mesh, cfg):
+  """Runs the evaluations of `config.evals` -> {name: metrics}."""
+  return {name: EVALS[name](encode, variables, mesh, **cfg[name]) for name in cfg}
+
+
+def table(trained, untrained):
+  """Rows that hold each figure beside its floors, from two results of `run_all`.
+
+  Returns dicts with evaluation, split, metric, value, untrained, random, majority, raw_pixels;
+  a floor that an evaluation does not have is None.
+  """
+  rows = []
+  for name, metrics in trained.items():
+    for key, value in metrics.items():
+      if any(key.endswith(f"@{floor}") for floor in FLOORS):
+        continue
+      split, metric = key.split("/", 1)
+      row = {"evaluation": name, "split": split, "metric": metric, "value": value}
+      row["untrained"] = untrained[name][key]
+      row |= {floor: metrics.get(f"{key}@{floor}") for floor in FLOORS}
+      rows.append(row)
+  return rows
+
+
+def format_table(rows):
+  """The headline rows as text: figure, then its floors."""
+  columns = ("value", "untrained", *FLOORS)
+  lines = ["", f"{'':44s}" + "".join(f"{c.replace('_', ' '):>12s}" for c in columns)]
+  for row in rows:
+    if row["evaluation"] in ("retrieval", "zeroshot") and "avg/" not in row["metric"]:
+      continue
+    cells = "".join(f"{'-' if row[c] is None else format(row[c], '.3f'):>12s}" for c in columns)
+    lines.append(f"{row['evaluation'] + ' ' + row['split'] + ' ' + row['metric']:44s}{cells}")
+  return "\n".join(lines)
+
+
+def pictures(encode, variables, cfg):
+  """What the report draws, from the last split of the `retrieval` evaluation: see report.write."""
+  if "retrieval" not in cfg:
+    return {"spectra": None, "retrieval": None, "patches": None}
+  source, path, split = cfg.retrieval.source, cfg.retrieval.path, cfg.retrieval.splits[-1]
+  data = encode.split(source, path, split)
+  features = encode.features(variables, source, path, split)
+  batch = {"image": data.images[:: max(len(data.images) // 12, 1)][:12]}
+  return {
+    "spectra": {
+      "image": np.asarray(metrics.singular_values(features["z_img"])),
+      "text": np.asarray(metrics.singular_values(features["z_txt"])),
+    },
+    "retrieval": {
+      "split": split,
+      "images": data.images,
+      "captions": data.captions,
+      "similarity": common.similarity(features, features, "avg"),
+      "relevant": data.relevant,
+    },
+    "patches": {"images": batch["image"], "features": encode.patches(variables, batch["image"])},
+  }

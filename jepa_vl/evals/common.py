@@ -1,0 +1,170 @@
+"""What evaluations share: encoding a split, readings of similarity, ranks, and chance levels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_vl import sharding
+from jepa_vl.data import pipeline, sources, transforms
+
+
+@dataclasses.dataclass
+class Split:
+  """One evaluation split, decoded: labels, images and one caption per concept.
+
+  records: N dicts; images (N, S, S, 3) uint8; captions: C strings; relevant (N, C) bool, True
+  where a caption describes an image; left_out: indices of undecodable records.
+  """
+
+  records: list
+  images: np.ndarray
+  captions: list
+  relevant: np.ndarray
+  left_out: list
+
+
+@dataclasses.dataclass
+class Encode:
+  """encode(variables, batch) -> out, with what evaluations need around it.
+
+  apply: jitted (variables, batch) -> out; tokenize: captions -> (ids, mask, truncated).
+  Decoded splits are kept, and so are the features of the last variables seen.
+  """
+
+  apply: Callable
+  tokenize: Callable
+  mesh: Any
+  image_size: int
+  resize_ratio: float
+  batch_size: int
+  _splits: dict = dataclasses.field(default_factory=dict)
+  _features: dict = dataclasses.field(default_factory=dict)
+  _of: Any = None
+
+  def __call__(self, variables, batch):
+    return self.apply(variables, batch)
+
+  def split(self, source, path, split):
+    """The decoded split, read once."""
+    key = (source, path, split)
+    if key not in self._splits:
+      self._splits[key] = _read_split(self, sources.open_source(*key))
+    return self._splits[key]
+
+  def features(self, variables, source, path, split):
+    """z_img, p_img, cls, pooled of the split's images (N, .) and z_txt, p_txt of its captions."""
+    if self._of is not variables:
+      self._features, self._of = {}, variables
+    key = (source, path, split)
+    if key not in self._features:
+      data = self.split(*key)
+      self._features[key] = self.images(variables, data.images) | self.texts(
+        variables, data.captions
+      )
+    return self._features[key]
+
+  def images(self, variables, images):
+    """uint8 (N, S, S, 3) -> dict of z_img, p_img, cls, pooled (mean of the patch tokens)."""
+    return self._map(variables, {"image": images}, _image_features)
+
+  def texts(self, variables, captions):
+    """N strings -> dict of z_txt, p_txt (N, D)."""
+    ids, mask, _ = self.tokenize(captions)
+    return self._map(variables, {"text": ids, "mask": mask}, _text_features)
+
+  def patches(self, variables, images):
+    """uint8 (N, S, S, 3) -> patch tokens on their grid, (N, h, w, W) float32."""
+    tokens = self._map(variables, {"image": images}, lambda out: {"patches": out["patches"]})
+    tokens = tokens["patches"].astype(np.float32)
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.reshape(len(images), side, side, -1)
+
+  def _map(self, variables, rows, keep):
+    count, B = len(next(iter(rows.values()))), self.batch_size
+    parts = []
+    for start in range(0, count, B):
+      batch = {k: _pad(v[start : start + B], B) for k, v in rows.items()}
+      with sharding.use_mesh(self.mesh):
+        parts.append(keep(self.apply(variables, sharding.put_batch(batch, self.mesh))))
+    parts = [{k: np.asarray(v) for k, v in part.items()} for part in parts]
+    return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
+
+
+def _image_features(out):
+  pooled = jnp.mean(out["patches"].astype(jnp.float32), axis=1)
+  cls = out["cls"].astype(jnp.float32)
+  return {"z_img": out["z_img"], "p_img": out["p_img"], "cls": cls, "pooled": pooled}
+
+
+def _text_features(out):
+  return {"z_txt": out["z_txt"], "p_txt": out["p_txt"]}
+
+
+def _pad(x, rows):
+  return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)]) if len(x) < rows else x
+
+
+def _read_split(encode, source):
+  records, images, left_out = pipeline.evaluation_rows(
+    source, image_size=encode.image_size, resize_ratio=encode.resize_ratio
+  )
+  concepts = {}
+  for i, record in enumerate(records):
+    concepts.setdefault(record.get("concept", i), transforms.full_caption(record))
+  columns = {concept: c for c, concept in enumerate(concepts)}
+  relevant = np.zeros((len(records), len(concepts)), bool)
+  # Pixel-identical images are one image with several captions: any of them is a hit.
+  same = {}
+  for i, (record, image) in enumerate(zip(records, images, strict=True)):
+    same.setdefault(image.tobytes(), []).append((i, columns[record.get("concept", i)]))
+  for members in same.values():
+    for i, _ in members:
+      relevant[i, [column for _, column in members]] = True
+  return Split(records, images, list(concepts.values()), relevant, left_out)
+
+
+# reading -> pairs of (image side, text side) whose cosines are averaged
+READINGS = {
+  "embed": (("z_img", "z_txt"),),
+  "image_to_text": (("p_img", "z_txt"),),
+  "text_to_image": (("z_img", "p_txt"),),
+  "predictions": (("p_img", "p_txt"),),
+  "avg": (("p_img", "z_txt"), ("z_img", "p_txt")),
+}
+
+
+def similarity(images, texts, reading):
+  """Mean cosine of a reading's pairs. dicts of (N, D) and (C, D) arrays -> (N, C)."""
+  pairs = READINGS[reading]
+  return sum(unit(images[a]) @ unit(texts[b]).T for a, b in pairs) / len(pairs)
+
+
+def unit(x):
+  """Rows of unit length; a zero row stays zero."""
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def first_hit(scores, relevant):
+  """How many wrong candidates are ranked before the best right one, per query; (Q, C) -> (Q,).
+
+  Ties and NaN count against the model, so that constant embeddings do not score.
+  """
+  scores = np.where(np.isnan(scores), -np.inf, scores)
+  best = np.max(np.where(relevant, scores, -np.inf), axis=1, keepdims=True)
+  return np.sum((scores >= best) & ~relevant, axis=1)
+
+
+def recall_at(ranks, k):
+  """Share of queries whose first hit is among the top k."""
+  return float(np.mean(ranks < k))
+
+
+def random_recall(relevant, k):
+  """Expected recall@k of a random ranking: 1 - C(n - r, k) / C(n, k), averaged over queries."""
+  n = relevant.shape[1]
+  r = relevant.sum(axis=1)[:, None]
+  i = np.arange(min(k, n))
+  return float(np.mean(1 - np.prod(np.clip((n - r - i) / (n - i), 0, 1), axis=1)))

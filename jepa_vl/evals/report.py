@@ -1,0 +1,402 @@
+"""One self-contained HTML page about what a run learned: figures, curves, spectra and examples."""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+
+import numpy as np
+
+from jepa_vl.evals import common
+from jepa_vl.metrics import read_jsonl
+
+QUERIES, TOP_CAPTIONS, TOP_IMAGES = 8, 5, 8
+THUMBNAIL = 96  # pixels; a page of full-size images would be tens of megabytes
+FLOORS = ("untrained", "random", "majority", "raw_pixels")
+
+TELLING = """
+  data.source objective.name objective.align objective.lambda_img objective.lambda_txt model.size
+  model.image_size model.patch_size model.embed_dim text.tokenizer steps batch_size optim.lr seed
+""".split()
+
+# title, log axis, what to look for, {metric: (label, colour, line style)}
+PANELS = (
+  (
+    "Loss", True, "The weighted sum of the four terms below.",
+    {"loss": ("loss", "C0", "-")},
+  ),
+  (
+    "Prediction error", True, "Each modality predicts the other's embedding; lower is better.",
+    {"align/img_to_txt": ("image → text", "C0", "-"),
+     "align/txt_to_img": ("text → image", "C1", "-")},
+  ),
+  (
+    "SIGReg", True, "Distance of the embeddings from an isotropic Gaussian; lower is better.",
+    {"sigreg/img": ("image", "C0", "-"), "sigreg/txt": ("text", "C1", "-")},
+  ),
+  (
+    "Cosines", False,
+    "Solid: right pairs, dashed: mismatched pairs. The gap is what was learned; no gap at high "
+    "cosines is collapse.",
+    {"cos/matched": ("embeddings", "C0", "-"), "cos/rolled": ("mismatched", "C0", "--"),
+     "cos/img_to_txt": ("image → text", "C1", "-"),
+     "cos/img_to_txt_rolled": ("mismatched", "C1", "--"),
+     "cos/txt_to_img": ("text → image", "C2", "-"),
+     "cos/txt_to_img_rolled": ("mismatched", "C2", "--")},
+  ),
+  (
+    "Effective rank of a batch", False,
+    "Directions in use, at most the embedding dimension; a fall towards 1 is collapse.",
+    {"rank/img": ("image", "C0", "-"), "rank/txt": ("text", "C1", "-")},
+  ),
+  (
+    "Contrastive logits", False,
+    "Not trained on; the gap is minus InfoNCE of the batch and rises towards 0.",
+    {"logit/positive": ("positive", "C0", "-"), "logit/logsumexp": ("log-sum-exp", "C1", "-"),
+     "logit/gap": ("gap", "C2", "-")},
+  ),
+  ("Gradient norm", True, "Before clipping.", {"grad_norm": ("norm", "C0", "-")}),
+  ("Learning rate", False, "", {"lr": ("lr", "C0", "-")}),
+  ("Examples per second", False, "", {"examples_per_s": ("examples/s", "C0", "-")}),
+  (
+    "Use of the hardware", False, "MFU is absent where the device's peak is not known.",
+    {"mfu": ("MFU", "C0", "-"), "data_wait": ("share of time waiting for data", "C1", "-")},
+  ),
+)  # fmt: skip
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
+  max-width: 1180px; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; margin: .5rem 0; } h2 { border-bottom: 1px solid #ddd; margin-top: 2.5rem; }
+h3 { margin: 1.5rem 0 .5rem; } p { max-width: 48rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
+  gap: 1.2rem; align-items: start; }
+dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .6rem; }
+dl.facts div { background: #f5f6f8; border-radius: 6px; padding: .4rem .7rem; }
+dt { color: #666; font-size: .8rem; } dd { margin: 0; font-variant-numeric: tabular-nums; }
+figure { margin: 0; } figure > img { width: 100%; height: auto; }
+figcaption, .quiet, tr.below td { color: #777; } figcaption, .quiet { font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .45rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 1px solid #999; }
+th.split { padding-top: .7rem; } tr.above td.value { font-weight: bold; color: #111; }
+details { margin: 1rem 0; } summary { cursor: pointer; } pre { font-size: .8rem; overflow-x: auto; }
+.query { display: flex; gap: .8rem; } .query ol { margin: 0; padding-left: 1.4rem; }
+.query > img, .pair img { width: 96px; height: 96px; }
+li.hit { color: #0a7a2f; font-weight: bold; }
+.strip { display: flex; flex-wrap: wrap; gap: 4px; margin: .2rem 0 1rem; }
+.strip img { width: 72px; height: 72px; border: 4px solid transparent; border-radius: 4px; }
+.strip img.hit { border-color: #12a046; }
+.pairs { display: flex; flex-wrap: wrap; gap: 10px; } .pair { width: 96px; }
+.pair img { display: block; }
+"""
+
+
+def write(workdir, *, config, results, spectra, retrieval, patches, notes=None):
+  """Writes workdir/report.html and returns its path.
+
+  config: nested dict; results: rows of `evals.table`; spectra: {name: (D,) singular values};
+  retrieval: dict of split, images (N, S, S, 3) uint8, captions (C), similarity and relevant (N, C);
+  patches: dict of images (n, S, S, 3) uint8 and features (n, h, w, W); notes: {split: one line}.
+  The last three inputs but notes may be None, which leaves their section out.
+  """
+  metrics = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
+  evals = read_jsonl(os.path.join(workdir, "evals.jsonl"))
+  sections = [_overview(config, metrics), _results(results, notes or {}), _training(metrics)]
+  sections.append(_progress(evals))
+  if spectra is not None:
+    sections.append(_spectra(spectra))
+  if retrieval is not None:
+    sections.append(_retrieval(**retrieval))
+  if patches is not None:
+    sections.append(_patches(**patches))
+  page = (
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f"<title>Run report</title><style>{STYLE}</style>\n<h1>What this run learned</h1>\n"
+    + "\n".join(sections)
+    + "\n</html>\n"
+  )
+  path = os.path.join(workdir, "report.html")
+  with open(path, "w", encoding="utf-8", errors="replace") as f:  # captions may hold lone surrogates
+    f.write(page)
+  return path
+
+
+def _overview(config, metrics):
+  facts = {}
+  if metrics:
+    last = metrics[-1]
+    facts["last logged step"] = last["step"]
+    names = {"loss": "loss", "cos/matched": "cosine, matched", "cos/rolled": "cosine, mismatched"}
+    names |= {"rank/img": "effective rank, image", "rank/txt": "effective rank, text"}
+    names |= {"examples_per_s": "examples/s"}
+    facts |= {label: _number(last[key]) for key, label in names.items() if key in last}
+  settings = {key: _lookup(config, key) for key in TELLING}
+  settings = {key: value for key, value in settings.items() if value is not None}
+  pretty = json.dumps(config, indent=2, default=str, ensure_ascii=False)
+  return (
+    f"{_facts(facts)}<h2>Configuration</h2>{_facts(settings)}"
+    f"<details><summary>All of it</summary><pre>{_escape(pretty)}</pre></details>"
+  )
+
+
+def _lookup(tree, dotted):
+  for key in dotted.split("."):
+    tree = tree.get(key) if isinstance(tree, dict) else None
+  return tree
+
+
+def _facts(values):
+  items = (f"<div><dt>{_escape(k)}</dt><dd>{_escape(v)}</dd></div>" for k, v in values.items())
+  return f'<dl class="facts">{"".join(items)}</dl>' if values else ""
+
+
+def _results(rows, notes):
+  head = [r for r in rows if _is_headline(r["evaluation"], r["metric"])]
+  won = [_beats_floors(r) for r in head]
+  won = [w for w in won if w is not None]
+  text = "No evaluation has been run."
+  if rows:
+    text = (
+      f"<b>{sum(won)} of {len(won)}</b> headline figures beat every floor beside them: those are "
+      "bold, the others grey. This is no test of significance; on a small split a small difference "
+      "may be noise."
+    )
+  lines = (f"<li><b>{_escape(k)}</b>: {_escape(v)}" for k, v in notes.items())
+  legend = (
+    '<p class="quiet">i2t: an image finds its caption, t2i: a caption finds its images. R@k: share '
+    "of queries with a right answer among the first k. avg: mean of the cosines of either "
+    "prediction with its target. untrained: the same network before its first step. rank: "
+    "effective rank of the embeddings, higher is closer to isotropic.</p>"
+  )
+  details = f"<details><summary>All {len(rows)} figures</summary>{_tables(rows)}</details>"
+  return (
+    f"<h2>Results</h2><p>{text}</p>"
+    + (f"<ul>{''.join(lines)}</ul>" if notes else "")
+    + (f"{legend}{_tables(head)}{details}" if rows else "")
+  )
+
+
+def _is_headline(evaluation, metric):
+  """Retrieval and zero-shot have several readings, of which avg is the headline."""
+  parts = metric.split("/")
+  reading = [p for p in parts if p in common.READINGS]
+  cutoff = parts[-1] if parts[-1].startswith("R@") else None
+  return reading in ([], ["avg"]) and cutoff in (None, "R@1", "R@5", "R@10")
+
+
+def _beats_floors(row):
+  """Whether the value exceeds all the floors that the row has; None if it has none."""
+  floors = [row[f] for f in FLOORS if row.get(f) is not None]
+  return all(row["value"] > f for f in floors) if floors else None
+
+
+def _tables(rows):
+  evaluations = {}
+  for r in rows:
+    evaluations.setdefault(r["evaluation"], {}).setdefault(r["split"], []).append(r)
+  parts = (
+    f'<div class="scroll"><h3>{_escape(name)}</h3>{_table(splits)}</div>'
+    for name, splits in evaluations.items()
+  )
+  return f'<div class="grid">{"".join(parts)}</div>'
+
+
+def _table(splits):
+  rows = [r for part in splits.values() for r in part]
+  floors = [f for f in FLOORS if any(r.get(f) is not None for r in rows)]
+  columns = "".join(f"<th>{f.replace('_', ' ')}</th>" for f in floors)
+  out = [f"<table><thead><tr><th><th>value</th>{columns}</tr></thead>"]
+  for split, part in splits.items():
+    out.append(f'<tbody><tr><th class="split" colspan="{2 + len(floors)}">{_escape(split)}</th>')
+    for r in part:
+      mark = {True: "above", False: "below", None: ""}[_beats_floors(r)]
+      cells = "".join(f"<td>{_number(r.get(f))}</td>" for f in floors)
+      name = f"<td>{_escape(r['metric'])}</td>"
+      out.append(f'<tr class="{mark}">{name}<td class="value">{_number(r["value"])}</td>{cells}')
+    out.append("</tbody>")
+  return "".join(out) + "</table>"
+
+
+def _training(records):
+  if len(records) < 2:
+    return f"<h2>Training</h2><p>Too few logged steps for curves ({len(records)}).</p>"
+  steps = [r["step"] for r in records]
+  figures = []
+  for title, log, hint, keys in PANELS:
+    lines = []
+    for key, (label, colour, style) in keys.items():
+      values = np.array([r.get(key) for r in records], float)  # null becomes NaN
+      if np.isfinite(values).any():
+        lines.append((label, steps, values, {"color": colour, "ls": style}))
+    if lines:
+      figures.append(_figure(title, lines, hint, log=log))
+  return f'<h2>Training</h2><div class="grid">{"".join(figures)}</div>'
+
+
+def _progress(records):
+  """Headline evaluations over the steps, a panel per metric and a line per split."""
+  panels, steps = {}, {r["step"] for r in records}
+  for r in records:
+    for key, value in r["metrics"].items():
+      split, _, metric = key.partition("/")
+      is_floor = key.rpartition("@")[0] in r["metrics"]
+      cutoff_shown = "R@" not in metric or metric.endswith("R@10")
+      if is_floor or not cutoff_shown or not _is_headline(r["name"], metric):
+        continue
+      floors = [v for k, v in r["metrics"].items() if k.startswith(f"{key}@") and v is not None]
+      line = panels.setdefault(f"{r['name']}: {metric}", {}).setdefault(split, [])
+      line.append((r["step"], value, max(floors, default=math.nan)))
+  if len(steps) < 2:
+    text = "Too few evaluations during training for curves"
+    return f"<h2>Evaluations over training</h2><p>{text} ({len(steps)}).</p>"
+  figures = []
+  for title, splits in panels.items():
+    lines = []
+    for i, (split, points) in enumerate(splits.items()):
+      x, value, floor = np.array(points, float).T
+      lines.append((split, x, value, {"color": f"C{i}", "marker": "o", "ms": 3}))
+      if np.isfinite(floor).any():
+        lines.append((None, x, floor, {"color": f"C{i}", "ls": ":"}))
+    figures.append(_figure(title, lines))
+  return (
+    "<h2>Evaluations over training</h2><p>One line per split; dotted: its highest floor other than "
+    f'the untrained network.</p><div class="grid">{"".join(figures)}</div>'
+  )
+
+
+def _spectra(spectra):
+  lines, longest = [], 1
+  for i, (name, s) in enumerate(spectra.items()):
+    s = np.asarray(s, float)
+    p = s / max(s.sum(), 1e-12)
+    rank = math.exp(-np.sum(p * np.log(p + 1e-12)))
+    label = f"{name}: effective rank {rank:.1f} of {len(s)}"
+    normalised = np.maximum(s / max(s[0], 1e-12), 1e-4)  # zeros have no place on a log axis
+    lines.append((label, np.arange(1, len(s) + 1), normalised, {"color": f"C{i}"}))
+    longest = max(longest, len(s))
+  lines.append(("isotropic ideal", [1, longest], [1, 1], {"color": "0.4", "ls": "--"}))
+  hint = "Singular value / largest, by its index. A cliff means that the directions after it are unused."
+  figure = _figure("Singular values of the centred embeddings", lines, hint, log=True, wide=True)
+  return f'<h2>Spectra</h2><div style="max-width: 640px">{figure}</div>'
+
+
+def _figure(title, lines, hint="", log=False, wide=False):
+  """An HTML figure of lines (label, x, y, style); a label of None stays out of the legend."""
+  from matplotlib.figure import Figure  # late: slow to import; without pyplot it is always Agg
+
+  fig = Figure(figsize=(6.4, 4.4) if wide else (4.6, 3.4), layout="constrained")
+  ax = fig.add_subplot()
+  for label, x, y, style in lines:
+    ax.plot(x, y, label=label, lw=1.2, **style)
+  if log:
+    ax.set_yscale("log")
+  ax.set_title(title)
+  ax.grid(alpha=0.3)
+  ax.spines[["top", "right"]].set_visible(False)
+  labels = sum(label is not None for label, *_ in lines)
+  if labels > 1:
+    fig.legend(loc="outside lower center", ncols=1 if wide else min(labels, 3), frameon=False)
+  buffer = io.BytesIO()
+  fig.savefig(buffer, format="png", dpi=130)
+  image = _img(buffer.getvalue(), title)
+  return f"<figure>{image}<figcaption>{_escape(hint)}</figcaption></figure>"
+
+
+def _retrieval(split, images, captions, similarity, relevant):
+  similarity, relevant = np.asarray(similarity), np.asarray(relevant, bool)
+  by_image = _queries(similarity, relevant, TOP_CAPTIONS)
+  by_caption = _queries(similarity.T, relevant.T, TOP_IMAGES)
+  cards, strips = [], []
+  for i, order, rank in by_image:
+    items = (
+      f'<li class="hit">{_escape(captions[c])} ✓</li>'
+      if relevant[i, c]
+      else f"<li>{_escape(captions[c])}</li>"
+      for c in order
+    )
+    right = "; ".join(_escape(captions[c]) for c in np.flatnonzero(relevant[i]))
+    note = f'<p class="quiet">rank {rank} of {len(captions)}: {right}</p>'
+    cards.append(
+      f'<div class="query">{_thumbnail(images[i], "query")}<div><ol>{"".join(items)}</ol>'
+      f"{note}</div></div>"
+    )
+  for c, order, rank in by_caption:
+    found = "".join(
+      _thumbnail(images[i], "right", "hit") if relevant[i, c] else _thumbnail(images[i], "wrong")
+      for i in order
+    )
+    note = f'<span class="quiet">first right image: rank {rank} of {len(images)}</span>'
+    strips.append(f'<div>“{_escape(captions[c])}” {note}<div class="strip">{found}</div></div>')
+  return (
+    f"<h2>Retrieval on {_escape(split)}</h2><p>These queries were drawn at random with a fixed "
+    "seed, not picked; right answers are green. The rank is that of the best right answer.</p>"
+    f'<h3>From an image to captions</h3><div class="grid">{"".join(cards)}</div>'
+    f"<h3>From a caption to images</h3>{''.join(strips)}"
+  )
+
+
+def _queries(scores, relevant, top):
+  """Random queries that have an answer: (query, its `top` best candidates, rank of the first hit).
+
+  scores, relevant: (Q, C). Ties and NaN count against the model, as in the retrieval figures.
+  """
+  ranks = common.first_hit(scores, relevant) + 1
+  answerable = np.flatnonzero(relevant.any(axis=1))
+  count = min(QUERIES, len(answerable))
+  for q in np.random.default_rng(0).choice(answerable, count, replace=False):
+    keys = np.where(np.isnan(scores[q]), np.inf, -scores[q])
+    yield q, np.lexsort((relevant[q], keys))[:top], ranks[q]
+
+
+def _patches(images, features):
+  """images: (n, S, S, 3) uint8; features: (n, h, w, W), of any float type."""
+  x = np.nan_to_num(np.asarray(features, np.float32))
+  n, h, w, W = x.shape
+  x = x.reshape(-1, W)
+  x = x - x.mean(axis=0)
+  variance, directions = np.linalg.eigh(x.T @ x)
+  components = x @ directions[:, ::-1][:, :3]
+  low, high = np.percentile(components, (1, 99), axis=0)
+  rgb = np.zeros((len(x), 3), np.uint8)  # fewer than three channels leave the rest black
+  rgb[:, : components.shape[1]] = 255 * np.clip((components - low) / (high - low + 1e-12), 0, 1)
+  share = variance[-3:].sum() / max(variance.sum(), 1e-12)
+  pairs = (
+    f'<div class="pair">{_thumbnail(image, "image")}{_thumbnail(picture, "its patch features")}</div>'
+    for image, picture in zip(images, rgb.reshape(n, h, w, 3), strict=True)
+  )
+  return (
+    "<h2>Patch features</h2><p>The first three principal components of the patch features of all "
+    f"these images together, as red, green and blue; they hold {share:.0%} of the variance. The "
+    "same colour means similar features, in one image or across images.</p>"
+    f'<div class="pairs">{"".join(pairs)}</div>'
+  )
+
+
+def _thumbnail(image, alt, css=""):
+  import cv2
+
+  larger = image.shape[0] > THUMBNAIL
+  # Nearest when enlarging: each patch is to stay a visible square.
+  method = cv2.INTER_AREA if larger else cv2.INTER_NEAREST
+  image = cv2.resize(np.asarray(image), (THUMBNAIL, THUMBNAIL), interpolation=method)
+  return _img(cv2.imencode(".png", image[..., ::-1])[1].tobytes(), alt, css)
+
+
+def _img(png, alt, css=""):
+  data = base64.b64encode(png).decode()
+  return f'<img class="{css}" alt="{_escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _number(value):
+  if value is None or not math.isfinite(value):
+    return "–"
+  return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _escape(value):
+  return html.escape(str(value))

@@ -1,0 +1,73 @@
+"""Entry point: flags, errors in words, and which mode. Everything else is elsewhere.
+
+python -m jepa_vl.main --config=configs/tiny.py --workdir=DIR [--config.a.b=value] [--mode=train]
+"""
+
+import logging
+import os
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and results.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "WORKDIR/checkpoints/STEP, for --mode=eval.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+def main(argv):
+  if len(argv) > 1:
+    sys.exit(_wrong_usage(f"unexpected argument {argv[1]!r}; flags are --name=value"))
+  if _CONFIG.value is None or (_WORKDIR.value is None and _MODE.value == "train"):
+    sys.exit(_wrong_usage("--config=FILE and --workdir=DIR are needed"))
+  if _MODE.value == "eval" and _CHECKPOINT.value is None:
+    sys.exit(_wrong_usage("--mode=eval needs --checkpoint=WORKDIR/checkpoints/STEP"))
+  _start_logging()
+  try:
+    from jepa_vl import train  # late: a usage error should not wait for JAX
+
+    if _MODE.value == "train":
+      sys.exit(train.train(_CONFIG.value, _WORKDIR.value))
+    sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
+  except (ValueError, OSError, FloatingPointError) as e:
+    if _DEBUG.value:
+      raise
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _start_logging():
+  # Ours from INFO on, without the libraries' running commentary.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  handler = logging.StreamHandler()
+  handler.setFormatter(_Format())
+  logger = logging.getLogger("jepa_vl")
+  logger.setLevel(logging.INFO)
+  logger.addHandler(handler)
+  logger.propagate = False
+
+
+class _Format(logging.Formatter):
+  def format(self, record):
+    prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+    return prefix + super().format(record)
+
+
+def _wrong_usage(message):
+  print(f"usage error: {message}\n{__doc__.strip().splitlines()[-1]}", file=sys.stderr)
+  return 2
+
+
+def _parse(argv):
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    sys.exit(_wrong_usage(str(e).strip("'\"")))
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  app.run(main, flags_parser=_parse)

@@ -1,0 +1,248 @@
+"""Collapse diagnostics, the throughput meter and the metric writers."""
+
+import json
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Published dense bf16 peak, FLOP/s per device, by a part of `device_kind`; first match wins.
+PEAK_FLOPS = (
+  ("TPU v4", 275e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v5e", 197e12),
+  ("TPU v5", 459e12),
+  ("TPU v6", 918e12),
+  ("TPU7x", 2307e12),
+  ("H100 PCIe", 756e12),
+  ("H100", 989e12),
+  ("H200", 989e12),
+  ("A100", 312e12),
+  ("B200", 2250e12),
+  ("L4", 121e12),
+)
+
+
+def diagnostics(out, temperature=0.07):
+  """What the LeVLJEPA authors log of a batch, from z and p of both modalities, (B, D) each.
+
+  Cosine of matched and of rolled (mismatched) pairs, of each prediction with its target and its
+  rolled target; effective ranks; positive logit, log-sum-exp and their gap at `temperature`.
+  """
+  unit = lambda x: x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
+  z_img, z_txt, p_img, p_txt = (unit(out[k]) for k in ("z_img", "z_txt", "p_img", "p_txt"))
+  cos = lambda a, b: jnp.mean(jnp.sum(a * b, axis=-1))
+  rolled = lambda a: jnp.roll(a, 1, axis=0)
+  logits = z_img @ z_txt.T / temperature
+  positive = jnp.mean(jnp.diagonal(logits))
+  lse = jnp.mean(jax.nn.logsumexp(logits, axis=1))
+  return {
+    "cos/matched": cos(z_img, z_txt),
+    "cos/rolled": cos(z_img, rolled(z_txt)),
+    "cos/img_to_txt": cos(p_img, z_txt),
+    "cos/img_to_txt_rolled": cos(p_img, rolled(z_txt)),
+    "cos/txt_to_img": cos(p_txt, z_img),
+    "cos/txt_to_img_rolled": cos(p_txt, rolled(z_img)),
+    "rank/img": effective_rank(out["z_img"]),
+    "rank/txt": effective_rank(out["z_txt"]),
+    "logit/positive": positive,
+    "logit/logsumexp": lse,
+    "logit/gap": positive - lse,
+  }
+
+
+def singular_values(z):
+  """Singular values of the centred rows, descending. z: (B, D) -> (D,) float32."""
+  z = z.astype(jnp.float32)
+  z = z - jnp.mean(z, axis=0)
+  eigenvalues = jnp.linalg.eigvalsh(z.T @ z)
+  return jnp.sqrt(jnp.maximum(eigenvalues[::-1], 0))
+
+
+def effective_rank(z):
+  """exp of the entropy of the normalised singular values of the centred batch; in [1, D]."""
+  s = singular_values(z)
+  p = s / (jnp.sum(s) + 1e-12)
+  return jnp.exp(-jnp.sum(p * jnp.log(p + 1e-12)))
+
+
+def collapse_warning(metrics, embed_dim, rows):
+  """A sentence if the logged diagnostics show collapsed embeddings, else None.
+
+  A collapsed run shows an effective rank that has fallen and matched similarity equal to
+  mismatched.
+  """
+  ceiling = min(embed_dim, rows)
+  for modality in ("img", "txt"):
+    rank = metrics[f"rank/{modality}"]
+    if rank < 0.1 * ceiling:
+      return (
+        f"the {modality} embeddings are collapsing: effective rank {rank:.1f} of {ceiling} "
+        f"(cosine of matched pairs {metrics['cos/matched']:.3f}, of mismatched pairs "
+        f"{metrics['cos/rolled']:.3f}). SIGReg is what prevents this: check objective.lambda_img "
+        "and objective.lambda_txt (the reference uses 0.02)"
+      )
+  return None
+
+
+def peak_flops(device):
+  """Published bf16 peak of a jax device in FLOP/s, or None where it is not known (a CPU)."""
+  return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
+
+
+class Meter:
+  """Examples per second, MFU and the share of time spent waiting for data, between two reads."""
+
+  def __init__(self, batch_size, flops_per_example, devices):
+    peak = peak_flops(devices[0])
+    self._batch_size = batch_size
+    self._utilisation = flops_per_example / (peak * len(devices)) if peak else None
+    self._reset()
+
+  def _reset(self):
+    self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+  def step(self, waited):
+    """Counts one step; `waited`: seconds spent in next(data)."""
+    self._waited += waited
+    self._steps += 1
+
+  def pause(self, seconds):
+    """Leaves evaluation and saving out of the clock."""
+    self._start += seconds
+
+  def read(self):
+    """Rates since the last read: examples_per_s, step_time (s), mfu or None, data_wait in [0, 1]."""
+    elapsed = max(time.perf_counter() - self._start, 1e-9)
+    rate = self._steps * self._batch_size / elapsed
+    rates = {
+      "examples_per_s": rate,
+      "step_time": elapsed / max(self._steps, 1),
+      "mfu": rate * self._utilisation if self._utilisation else None,
+      "data_wait": min(self._waited / elapsed, 1.0),
+    }
+    self._reset()
+    return rates
+
+
+class Progress:
+  """A progress bar on a terminal; elsewhere one line per logged step."""
+
+  def __init__(self, steps, start):
+    import tqdm  # late: see Writer
+
+    on = jax.process_index() == 0
+    self._bar = tqdm.tqdm(
+      total=steps, initial=start, unit="step", disable=None if on else True, dynamic_ncols=True
+    )
+    self._print = on and self._bar.disable
+    self._steps, self._seen = steps, start
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+
+  def step(self, step, loss):
+    """Moves the bar to `step`."""
+    self._bar.update(step - self._seen)
+    self._seen = step
+
+  def log(self, step, values):
+    """Shows a logged step's loss and rates."""
+    mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
+    text = (
+      f"loss {values['loss']:.4f}, {values['examples_per_s']:.0f} examples/s{mfu}, "
+      f"{values['step_time'] * 1e3:.0f} ms/step, waiting for data {values['data_wait']:.0%}"
+    )
+    self._bar.set_postfix_str(text)
+    if self._print:
+      left = (self._steps - step) * values["step_time"] / 60
+      print(f"step {step}/{self._steps}: {text}, {left:.1f} min left", flush=True)
+
+
+class Writer:
+  """metrics.jsonl, evals.jsonl and TensorBoard (and W&B when asked for) in the workdir.
+
+  Only process 0 writes. After a resume the lines past the resumed step are cut off, so that a
+  step stands in a file once.
+  """
+
+  def __init__(self, workdir, *, resumed_step, wandb=""):
+    self._on = jax.process_index() == 0
+    self._workdir = workdir
+    self._wandb = None
+    if not self._on:
+      return
+    import tensorboardX  # late: it is slow to import and only one process needs it
+
+    for name in ("metrics.jsonl", "evals.jsonl"):
+      _truncate(os.path.join(workdir, name), resumed_step)
+    self._tensorboard = tensorboardX.SummaryWriter(
+      os.path.join(workdir, "tensorboard"), purge_step=resumed_step + 1, flush_secs=30
+    )
+    if wandb:
+      self._wandb = _start_wandb(wandb, workdir)
+
+  def metrics(self, step, values):
+    """One training step's scalars."""
+    if self._on:
+      self._append("metrics.jsonl", {"step": step, **values})
+      self._scalars(step, values)
+
+  def evaluation(self, step, name, values):
+    """One evaluation's scalars."""
+    if self._on:
+      self._append("evals.jsonl", {"step": step, "name": name, "metrics": values})
+      self._scalars(step, {f"{name}/{k}": v for k, v in values.items()})
+
+  def close(self):
+    if self._on:
+      self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
+
+  def _append(self, name, record):
+    with open(os.path.join(self._workdir, name), "a") as f:
+      f.write(json.dumps(record) + "\n")
+
+  def _scalars(self, step, values):
+    scalars = {k: v for k, v in values.items() if isinstance(v, float) and math.isfinite(v)}
+    for name, value in scalars.items():
+      self._tensorboard.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(scalars, step=step)
+
+
+def read_jsonl(path):
+  """All complete records of a JSONL file; [] if there is none. A line cut by a kill is left out."""
+  if not os.path.exists(path):
+    return []
+  records = []
+  with open(path) as f:
+    for line in f:
+      if line.endswith("\n"):
+        records.append(json.loads(line))
+  return records
+
+
+def _truncate(path, last_step):
+  if os.path.exists(path):
+    kept = [r for r in read_jsonl(path) if r["step"] <= last_step]
+    with open(path + ".tmp", "w") as f:
+      f.writelines(json.dumps(r) + "\n" for r in kept)
+    os.replace(path + ".tmp", path)
+
+
+def _start_wandb(project, workdir):
+  try:
+    import wandb
+  except ImportError as e:
+    raise ValueError(
+      f"wandb={project!r} was asked for, but the package is not installed: pip install wandb, "
+      "or leave the key empty"
+    ) from e
+  return wandb.init(project=project, dir=workdir, resume="allow", id=os.path.basename(workdir))

@@ -1,0 +1,139 @@
+"""SIGReg: sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544).
+
+Embeddings are projected on random unit directions; along each, the empirical characteristic
+function is compared with the standard Gaussian's at a few knots (Epps-Pulley statistic).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Slices handled at once (the largest divisor of M up to this power of two). Small enough that one
+# chunk's cos and sin stay in a core's cache at a batch of 256; the value does not depend on it.
+CHUNK = 64
+
+
+def sigreg(rng, z, *, num_slices, knots, t_max, group_size, scale_rows):
+  """Distance of the rows of z from an isotropic standard Gaussian.
+
+  For M fresh unit directions a_m, x = z a_m and knots t_k = k t_max / (T - 1),
+  S_m = scale_rows * sum_k w_k phi_k |mean_b exp(i t_k x_b) - phi_k|^2, phi_k = exp(-t_k^2 / 2),
+  with trapezoid weights w_k doubled for the symmetric negative half; the value is mean_m S_m.
+
+  Args:
+    rng: key; the directions are drawn from it.
+    z: (B, D) or (V, B, D) float32; views are tested one by one and averaged.
+    num_slices: M, the number of directions.
+    knots: T, the number of points in [0, t_max].
+    group_size: rows that share one characteristic function; 0 means all B. Several groups are
+      averaged. Never a matter of devices: the reference's "local batch" is a group here.
+    scale_rows: the multiplier n (the reference: 256, the batch of one process).
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: B is not a multiple of group_size.
+  """
+  z = jnp.asarray(z, jnp.float32)
+  B, D = z.shape[-2:]
+  group_size = group_size or B
+  if B % group_size:
+    raise ValueError(
+      f"objective.group_size={group_size} does not divide the {B} rows that SIGReg sees "
+      "(batch_size / accumulate); choose a divisor, or 0 for one group of all rows"
+    )
+  with jax.named_scope("sigreg"):
+    A = _directions(rng, D, num_slices)
+    groups = z.reshape(-1, group_size, D)
+    return scale_rows * _statistic(groups, A, knots, float(t_max))
+
+
+def _directions(rng, D, num_slices):
+  """num_slices random unit directions as chunks of slices, (chunks, D, chunk)."""
+  chunk = math.gcd(num_slices, CHUNK)
+  A = jax.random.normal(rng, (num_slices // chunk, D, chunk), jnp.float32)
+  return A / jnp.linalg.norm(A, axis=1, keepdims=True)
+
+
+def _quadrature(knots, t_max):
+  """Knots t_k, targets phi_k and weights w_k phi_k as float64 NumPy constants, (T,) each."""
+  t = np.linspace(0.0, t_max, knots)
+  phi = np.exp(-(t**2) / 2)
+  w = np.full(knots, 2 * t[1])
+  w[[0, -1]] = t[1]
+  return t, phi, w * phi
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _statistic(z, A, knots, t_max):
+  """z (G, g, D), A (chunks, D, chunk) -> mean over groups and slices of the statistic, n = 1."""
+  return _scan_chunks(z, A, knots, t_max, with_gradient=False)[0]
+
+
+def _statistic_fwd(z, A, knots, t_max):
+  # The value is a scalar, so the gradient can be formed in the same pass over the slices while
+  # the projections are at hand; what is kept for the backward pass is one (B, D) array.
+  value, grad = _scan_chunks(z, A, knots, t_max, with_gradient=True)
+  return value, (grad, A)
+
+
+def _statistic_bwd(knots, t_max, residuals, cotangent):
+  grad, A = residuals
+  return cotangent * grad, jnp.zeros_like(A)
+
+
+_statistic.defvjp(_statistic_fwd, _statistic_bwd)
+
+
+def _scan_chunks(z, A, knots, t_max, with_gradient):
+  """Sums value (and d value / d z) over chunks of slices; no (B, M) array ever exists."""
+
+  def body(carry, a):
+    value, grad = carry
+    chunk_value, dx = _chunk(jnp.einsum("gbd,dm->gbm", z, a), knots, t_max, with_gradient)
+    if with_gradient:
+      grad = grad + jnp.einsum("gbm,dm->gbd", dx, a)
+    return (value + chunk_value, grad), None
+
+  zero = jnp.zeros((), jnp.float32)
+  (value, grad), _ = jax.lax.scan(body, (zero, jnp.zeros_like(z) if with_gradient else zero), A)
+  scale = 1.0 / (z.shape[0] * A.shape[0] * A.shape[2])
+  return value * scale, grad * scale
+
+
+def _chunk(x, knots, t_max, with_gradient):
+  """x (G, g, chunk) projections -> summed statistic and its derivative with respect to x."""
+  t, phi, weight = _quadrature(knots, t_max)
+  rows = x.shape[1]
+  # The knots are equally spaced: cos and sin of k * theta follow from one cos and one sin.
+  c1, s1 = jnp.cos(x * t[1]), jnp.sin(x * t[1])
+
+  value = jnp.zeros((), jnp.float32)
+  real, imaginary = [], []
+  for c, s in _harmonics(c1, s1, knots):
+    real.append(jnp.mean(c, axis=1, keepdims=True))  # (G, 1, chunk)
+    imaginary.append(jnp.mean(s, axis=1, keepdims=True))
+  for k in range(knots):
+    distance = (real[k] - phi[k]) ** 2 + imaginary[k] ** 2
+    value += weight[k] * jnp.sum(distance)
+  if not with_gradient:
+    return value, None
+
+  dx = jnp.zeros_like(x)
+  for k, (c, s) in enumerate(_harmonics(c1, s1, knots)):
+    if k:
+      scale = 2 * weight[k] * t[k] / rows
+      dx += scale * (imaginary[k] * c - (real[k] - phi[k]) * s)
+  return value, dx
+
+
+def _harmonics(c1, s1, knots):
+  """Yields (cos k theta, sin k theta) for k = 0 .. knots - 1 by angle addition."""
+  c, s = jnp.ones_like(c1), jnp.zeros_like(s1)
+  for _ in range(knots):
+    yield c, s
+    c, s = c * c1 - s * s1, s * c1 + c * s1

@@ -1,0 +1,85 @@
+"""Learning-rate schedules, the decay mask and the optimizer, from the config's `optim` sub-tree."""
+
+import jax
+import optax
+
+
+def cosine(cfg, steps):
+  """Linear warm-up, then a cosine to lr * final at `steps`."""
+  return optax.warmup_cosine_decay_schedule(
+    cfg.lr * cfg.warmup_from, cfg.lr, _warmup(cfg, steps), steps, cfg.lr * cfg.final
+  )
+
+
+def warmup_stable_decay(cfg, steps):
+  """Linear warm-up, constant, then a cosine to lr * final over the last `decay` of the steps."""
+  warmup = _warmup(cfg, steps)
+  decay = max(round(cfg.decay * steps), 1)
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(cfg.lr * cfg.warmup_from, cfg.lr, warmup),
+      optax.constant_schedule(cfg.lr),
+      optax.cosine_decay_schedule(cfg.lr, decay, alpha=cfg.final),
+    ],
+    [warmup, max(steps - decay, warmup)],
+  )
+
+
+def _warmup(cfg, steps):
+  # A shortened run (--config.steps=100) keeps its shape: never more warm-up than half of it.
+  return max(min(cfg.warmup, steps // 2), 1)
+
+
+SCHEDULES = {"cosine": cosine, "wsd": warmup_stable_decay}
+
+
+def make_schedule(cfg, steps):
+  """step -> learning rate.
+
+  Raises:
+    ValueError: unknown `optim.schedule`.
+  """
+  if cfg.schedule not in SCHEDULES:
+    raise ValueError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, got {cfg.schedule!r}")
+  return SCHEDULES[cfg.schedule](cfg, steps)
+
+
+def decay_mask(which):
+  """params -> tree of bool: "all" parameters decay (the reference), or only "matrices".
+
+  Matrices are kernels and the token table; biases, norms, CLS and positions are not.
+  """
+  if which not in ("all", "matrices"):
+    raise ValueError(f"optim.decay_on must be 'all' or 'matrices', got {which!r}")
+
+  def is_decayed(path, _):
+    return which == "all" or path[-1].key in ("kernel", "embedding")
+
+  return lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def adamw(cfg, schedule):
+  """AdamW with decoupled weight decay, scaled by the learning rate as in PyTorch."""
+  return optax.adamw(
+    schedule,
+    b1=cfg.b1,
+    b2=cfg.b2,
+    eps=cfg.eps,
+    weight_decay=cfg.weight_decay,
+    mask=decay_mask(cfg.decay_on),
+  )
+
+
+OPTIMIZERS = {"adamw": adamw}
+
+
+def make_optimizer(cfg, steps):
+  """Gradient transformation: clip by global norm (0 = off), then the optimizer.
+
+  Raises:
+    ValueError: unknown `optim.name`, `optim.schedule` or `optim.decay_on`.
+  """
+  if cfg.name not in OPTIMIZERS:
+    raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {cfg.name!r}")
+  tx = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
+  return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx

@@ -1,0 +1,57 @@
+"""TrainState, built from shapes and materialised sharded."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from jepa_vl import sharding
+from jepa_vl.model import two_tower
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes; `step` is the number of steps taken."""
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt: Any
+
+  @property
+  def variables(self):
+    """What `model.apply` and evaluations take."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_fn(model, tx):
+  """Returns init(key) -> TrainState, pure and traceable."""
+
+  def init(key):
+    variables = model.init(key, two_tower.dummy_batch(model, 1), train=False)
+    params = variables["params"]
+    stats = variables.get("batch_stats", {})
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+
+  return init
+
+
+def abstract_state(model, tx, mesh):
+  """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated."""
+  shapes = jax.eval_shape(init_fn(model, tx), jax.random.key(0))
+  shardings = sharding.shardings_of(shapes, mesh)
+  as_struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(as_struct, shapes, shardings)
+
+
+def init_state(model, tx, mesh, seed):
+  """The initial state on the mesh; each device makes only its own shards."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
+  with sharding.use_mesh(mesh):
+    return jax.jit(init_fn(model, tx), out_shardings=shardings)(jax.random.key(seed))
+
+
+def count(params):
+  """Number of parameters in a tree of arrays or shapes."""
+  return sum(x.size for x in jax.tree.leaves(params))

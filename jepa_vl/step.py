@@ -1,0 +1,91 @@
+"""The train step: a pure function of (state, batch), and its jitted, sharded form."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jepa_vl import metrics as metrics_lib
+from jepa_vl import sharding
+from jepa_vl.state import TrainState
+
+
+def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
+  """Returns train_step(state, batch) -> (state, metrics), pure.
+
+  With `accumulate` = A the batch is cut into A micro-batches of every A-th row, whose gradients
+  are averaged before one optimizer step. BatchNorm and SIGReg see one micro-batch at a time, as
+  they would see a batch of B / A: it is A small batches' mean gradient, not one large batch's.
+  Running statistics pass through the micro-batches in order.
+
+  metrics: float32 scalars `loss`, `grad_norm`, one per objective term, and `metrics.diagnostics`
+  of the last micro-batch, computed in every `log_every`-th step and zero in the others.
+  """
+
+  def diagnose(out, due):
+    out = {k: out[k] for k in ("z_img", "z_txt", "p_img", "p_txt")}
+    diagnostics = metrics_lib.diagnostics
+    zeros = lambda out: jax.tree.map(jnp.zeros_like, jax.eval_shape(diagnostics, out))
+    return jax.lax.cond(due, diagnostics, zeros, jax.lax.stop_gradient(out))
+
+  def loss_fn(params, batch_stats, batch, rng, due):
+    variables = {"params": params, "batch_stats": batch_stats}
+    out, new = model.apply(variables, batch, train=True, mutable=["batch_stats"])
+    loss, terms = objective(out, rng)
+    return loss, ({"loss": loss, **terms}, diagnose(out, due), new["batch_stats"])
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+
+  def train_step(state, batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    due = (state.step + 1) % log_every == 0
+
+    def micro_step(carry, i):
+      batch_stats, grads, terms = carry
+      rows = jax.tree.map(lambda x: _every(x, accumulate, i), batch)
+      g, (t, diagnostics, batch_stats) = grad_fn(
+        state.params, batch_stats, rows, jax.random.fold_in(rng, i), due
+      )
+      grads = jax.tree.map(lambda a, b: a + b / accumulate, grads, g)
+      terms = jax.tree.map(lambda a, b: a + b / accumulate, terms, t)
+      return (batch_stats, grads, terms), diagnostics
+
+    if accumulate == 1:
+      grads, (terms, diagnostics, batch_stats) = grad_fn(
+        state.params, state.batch_stats, batch, jax.random.fold_in(rng, 0), due
+      )
+    else:
+      shapes = jax.eval_shape(grad_fn, state.params, state.batch_stats, batch, rng, due)[1][0]
+      zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+      carry = (state.batch_stats, zeros(state.params), zeros(shapes))
+      (batch_stats, grads, terms), diagnostics = jax.lax.scan(
+        micro_step, carry, jnp.arange(accumulate)
+      )
+      diagnostics = jax.tree.map(lambda x: x[-1], diagnostics)
+
+    with jax.named_scope("optimizer"):
+      updates, opt = tx.update(grads, state.opt, state.params)
+      params = optax.apply_updates(state.params, updates)
+    metrics = {**terms, "grad_norm": optax.global_norm(grads), **diagnostics}
+    return TrainState(state.step + 1, params, batch_stats, opt), metrics
+
+  return train_step
+
+
+def _every(x, stride, i):
+  # A strided cut leaves every device its own rows; a contiguous one would move them all.
+  return x.reshape(-1, stride, *x.shape[1:])[:, i]
+
+
+def jit_train_step(train_step, abstract_state, mesh):
+  """Jits with the state's shardings, rows split over data and fsdp, and the state donated."""
+  state = jax.tree.map(lambda x: x.sharding, abstract_state)
+  replicated = NamedSharding(mesh, P())
+  rows = NamedSharding(mesh, P(sharding.BATCH))
+  return jax.jit(
+    train_step,
+    in_shardings=(state, rows),
+    out_shardings=(state, replicated),
+    donate_argnums=0,
+  )
