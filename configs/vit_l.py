@@ -1,4 +1,4 @@
-"""ViT-L/16 and a text tower of its size, otherwise as vit_b; layers are recomputed to save memory."""
+"""ViT-L/16 and a text tower of its size, otherwise as vit_b, with activations recomputed."""
 
 from configs import base
 

@@ -5,8 +5,8 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Checkpoints:
     """Starts saving `state` as of `step`; waits only for the save before. A step is saved once."""
     if step == self.latest:
       return
+    meta = {**meta, "fingerprint": fingerprint(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     self._manager.save(step, args=items)
 
@@ -58,8 +59,7 @@ class Checkpoints:
         continue
       check(meta)
       try:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        return step, self._manager.restore(step, args=args)["state"]
+        return step, _restore_state(self._manager, step, abstract_state, meta)
       except Exception as e:
         self._set_aside(step, e)
     if steps:
@@ -71,10 +71,9 @@ class Checkpoints:
 
   def _set_aside(self, step, error):
     aside = self.path(step) + ".damaged"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     log.warning(
       "checkpoint %s cannot be read (%s); set aside as %s, taking the one before",
-      self.path(step), reason[:200], aside,
+      self.path(step), _first_line(error), aside,
     )  # fmt: skip
     if jax.process_index() == 0:
       shutil.rmtree(aside, ignore_errors=True)
@@ -90,33 +89,49 @@ class Checkpoints:
     self._manager.close()
 
 
-def read_meta(path):
-  """The `meta` of one checkpoint folder, as saved.
+def read(path, abstract_state, check):
+  """The state of one checkpoint folder, WORKDIR/checkpoints/STEP, after `check(meta)`.
 
   Raises:
-    ValueError: the folder holds no readable checkpoint.
+    ValueError: from `check`, or the folder holds no readable checkpoint.
   """
-  try:
-    with ocp.CheckpointManager(os.path.dirname(os.path.abspath(path))) as manager:
-      step = int(os.path.basename(os.path.normpath(path)))
-      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      return manager.restore(step, args=args)["meta"]
-  except Exception as e:
-    raise ValueError(
-      f"{path} is no readable checkpoint; give --checkpoint=WORKDIR/checkpoints/STEP"
-    ) from e
+  folder, step = os.path.split(os.path.abspath(os.path.normpath(path)))
+  if not step.isdigit() or not os.path.isdir(path):
+    raise ValueError(f"--checkpoint={path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
+  with ocp.CheckpointManager(folder) as manager:
+    try:
+      meta = manager.restore(int(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    except Exception as e:
+      raise ValueError(f"--checkpoint={path} cannot be read: {_first_line(e)}") from e
+    check(meta["meta"])
+    try:
+      return _restore_state(manager, int(step), abstract_state, meta["meta"])
+    except Exception as e:
+      raise ValueError(f"the arrays of --checkpoint={path} cannot be read: {_first_line(e)}") from e
 
 
-def read_state(path, abstract_state):
-  """The state of one checkpoint folder, placed as `abstract_state` says.
+@jax.jit
+def _sum_of_words(tree):
+  unsigned = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+  words = [unsigned(x).astype(jnp.uint32) for x in jax.tree.leaves(tree)]
+  return sum(jnp.sum(w, dtype=jnp.uint32) * jnp.uint32(2 * i + 1) for i, w in enumerate(words))
 
-  Raises:
-    ValueError: the folder holds no readable checkpoint of that shape.
+
+def fingerprint(state):
+  """A number that changes with any bit of a tree of arrays; equal under every sharding.
+
+  The storage format notices a truncated file but not a changed byte in an array.
   """
-  try:
-    with ocp.CheckpointManager(os.path.dirname(os.path.abspath(path))) as manager:
-      step = int(os.path.basename(os.path.normpath(path)))
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-      return manager.restore(step, args=args)["state"]
-  except Exception as e:
-    raise ValueError(f"the arrays of {path} cannot be read: {str(e).splitlines()[0]}") from e
+  return int(_sum_of_words(state))
+
+
+def _restore_state(manager, step, abstract_state, meta):
+  args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+  state = manager.restore(step, args=args)["state"]
+  if fingerprint(state) != meta["fingerprint"]:
+    raise ValueError("its arrays are not those that were saved (checksum differs)")
+  return state
+
+
+def _first_line(error):
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

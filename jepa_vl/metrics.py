@@ -114,7 +114,7 @@ class Meter:
     self._start += seconds
 
   def read(self):
-    """Rates since the last read: examples_per_s, step_time (s), mfu or None, data_wait in [0, 1]."""
+    """Since the last read: examples_per_s, step_time (s), mfu or None, data_wait in [0, 1]."""
     elapsed = max(time.perf_counter() - self._start, 1e-9)
     rate = self._steps * self._batch_size / elapsed
     rates = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from ml_collections import ConfigDict
 
 from jepa_vl import checkpoint, evals, metrics, objectives, optim, sharding
@@ -101,10 +100,11 @@ def check_batch(config, mesh):
     )
   shards = sharding.batch_shards(mesh)
   if micro % shards:
+    unit = shards * config.accumulate
     raise ValueError(
       f"batch_size={config.batch_size} / accumulate={config.accumulate} = {micro} rows cannot be "
-      f"split over mesh.data x mesh.fsdp = {shards} devices; use a multiple of "
-      f"{shards * config.accumulate}, for example {max(micro // shards, 1) * shards * config.accumulate}"
+      f"split over mesh.data x mesh.fsdp = {shards} devices; use a multiple of {unit}, for example "
+      f"{max(config.batch_size // unit, 1) * unit}"
     )
   group = config.objective.group_size
   if group and micro % group:
@@ -178,7 +178,8 @@ def _loop(run, workdir, start, state, checkpoints, writer):
 
       wait = time.perf_counter()
       batch = next(data)
-      meter.step(time.perf_counter() - wait)
+      # Time in next(data) costs nothing while the device is still busy with the step before.
+      meter.step(time.perf_counter() - wait if steps.device_idle() else 0.0)
       counters.add(batch)
       rows = sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS}, run.mesh)
       with sharding.use_mesh(run.mesh):
@@ -206,6 +207,10 @@ class StepLog:
 
   def push(self, step, values, counters):
     self._pending = step, values, counters.read()
+
+  def device_idle(self):
+    """Whether the last step has already finished."""
+    return not self._pending or self._pending[1]["loss"].is_ready()
 
   def flush(self, progress):
     """Raises FloatingPointError if the pending step was not finite."""
@@ -333,7 +338,8 @@ def check_resume(meta, run):
   """
   old, new = flat(meta["config"]), flat(run.meta["config"])
   changed = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
-  refused = [f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in FIXED_KEYS if k in changed]
+  fixed = [k for k in FIXED_KEYS if k in changed]
+  refused = [f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in fixed]
   for what in ("data_identity", "tokenizer_identity"):
     if meta[what] != run.meta[what]:
       refused.append(f"{what.replace('_', ' ')}: {meta[what]} there, {run.meta[what]} here")
@@ -352,14 +358,15 @@ def describe(run, start):
   """The start-up lines: devices, model, data."""
   config, device = run.config, run.mesh.devices.flat[0]
   params = run.abstract_state.params
-  part = lambda name: sum(state_lib.count(v) for k, v in params.items() if k.startswith(name)) / 1e6
+  total, image, text = (
+    state_lib.count(p) / 1e6 for p in (params, params["image"], params["text"])
+  )
   log.info("devices: %d x %s, mesh %s", run.mesh.size, device.device_kind, dict(run.mesh.shape))
   log.info(
-    "model: %s, %.1fM parameters (image tower %.1fM, text tower %.1fM, heads and predictors %.1fM), "
-    "%.3g GFLOP forward per pair",
-    config.model.size, state_lib.count(params) / 1e6,
-    state_lib.count(params["image"]) / 1e6, state_lib.count(params["text"]) / 1e6,
-    part("image_") + part("text_"), two_tower.forward_flops(run.model) / 1e9,
+    "model: %s, %.1fM parameters (image tower %.1fM, text tower %.1fM, heads and predictors "
+    "%.1fM), %.3g GFLOP forward per pair",
+    config.model.size, total, image, text, total - image - text,
+    two_tower.forward_flops(run.model) / 1e9,
   )  # fmt: skip
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",
@@ -419,10 +426,8 @@ def finish(run, encode, state, step, writer, workdir):
 
 def evaluate_checkpoint(config, path):
   """--mode=eval: the configured evaluations on one checkpoint, printed beside their floors."""
-  meta = checkpoint.read_meta(path)
   run = build(config)
-  check_resume(meta, run)
-  state = checkpoint.read_state(path, run.abstract_state)
+  state = checkpoint.read(path, run.abstract_state, check=lambda meta: check_resume(meta, run))
   encode = make_encode(run)
   trained = evals.run_all(encode, state.variables, run.mesh, config.evals)
   untrained = state_lib.init_state(run.model, run.tx, run.mesh, config.seed)

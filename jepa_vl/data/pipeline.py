@@ -95,8 +95,8 @@ def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, 
     process=process, processes=processes,
   )  # fmt: skip
   local = batch_size // processes
-  threads = grain.ReadOptions(num_threads=1 if not cfg.workers else 4, prefetch_buffer_size=2 * local)
-  ds = grain.MapDataset.source(rows).to_iter_dataset(threads).batch(local, drop_remainder=True)
+  reading = grain.ReadOptions(num_threads=4 if cfg.workers else 1, prefetch_buffer_size=2 * local)
+  ds = grain.MapDataset.source(rows).to_iter_dataset(reading).batch(local, drop_remainder=True)
   if cfg.workers:
     ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers))
   return iter(ds)

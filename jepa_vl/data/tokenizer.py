@@ -19,7 +19,7 @@ class SentencePiece:
     self.vocab_size = self._processor.vocab_size()
     self.eot = self._processor.eos_id()
     if self.eot < 0:
-      raise ValueError("this SentencePiece model has no end-of-sentence piece; train it with eos_id")
+      raise ValueError("the SentencePiece model has no end-of-sentence piece; train it with eos_id")
 
   def encode(self, text):
     """Token ids of one caption, without EOT."""

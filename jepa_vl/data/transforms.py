@@ -92,7 +92,7 @@ def resize_only(image, rng, size, cfg):
 
 
 def standard(image, rng, size, cfg):
-  """RandomResizedCrop, flip, colour jitter and greyscale with the config's strengths (release 2)."""
+  """RandomResizedCrop, flip, colour jitter and greyscale of the config's strengths (release 2)."""
   image = random_resized_crop(image, size, rng, tuple(cfg.crop_scale))
   if rng.random() < cfg.flip:
     image = image[:, ::-1]

@@ -38,14 +38,14 @@ def table(trained, untrained):
   a floor that an evaluation does not have is None.
   """
   rows = []
-  for name, metrics in trained.items():
-    for key, value in metrics.items():
+  for name, figures in trained.items():
+    for key, value in figures.items():
       if any(key.endswith(f"@{floor}") for floor in FLOORS):
         continue
       split, metric = key.split("/", 1)
       row = {"evaluation": name, "split": split, "metric": metric, "value": value}
       row["untrained"] = untrained[name][key]
-      row |= {floor: metrics.get(f"{key}@{floor}") for floor in FLOORS}
+      row |= {floor: figures.get(f"{key}@{floor}") for floor in FLOORS}
       rows.append(row)
   return rows
 

@@ -16,55 +16,64 @@ QUERIES, TOP_CAPTIONS, TOP_IMAGES = 8, 5, 8
 THUMBNAIL = 96  # pixels; a page of full-size images would be tens of megabytes
 FLOORS = ("untrained", "random", "majority", "raw_pixels")
 
-TELLING = """
-  data.source objective.name objective.align objective.lambda_img objective.lambda_txt model.size
-  model.image_size model.patch_size model.embed_dim text.tokenizer steps batch_size optim.lr seed
-""".split()
+# the settings that stand above the whole configuration
+TELLING = {
+  "data": ("source",),
+  "objective": ("name", "align", "lambda_img", "lambda_txt"),
+  "model": ("size", "image_size", "patch_size", "embed_dim"),
+  "text": ("tokenizer",),
+  "optim": ("lr",),
+  None: ("steps", "batch_size", "seed"),
+}
 
-# title, log axis, what to look for, {metric: (label, colour, line style)}
+BOTH = {"img_to_txt": "image → text", "txt_to_img": "text → image"}
+# title, whether the y axis is logarithmic, what to look for, {metric: label}; "rolled" is dashed
 PANELS = (
+  ("Loss", True, "The weighted sum of prediction errors and SIGReg.", {"loss": None}),
   (
-    "Loss", True, "The weighted sum of the four terms below.",
-    {"loss": ("loss", "C0", "-")},
+    "Prediction error",
+    True,
+    "Each modality predicts the other's embedding; lower is better.",
+    {f"align/{key}": label for key, label in BOTH.items()},
   ),
   (
-    "Prediction error", True, "Each modality predicts the other's embedding; lower is better.",
-    {"align/img_to_txt": ("image → text", "C0", "-"),
-     "align/txt_to_img": ("text → image", "C1", "-")},
+    "SIGReg",
+    True,
+    "Distance of the embeddings from an isotropic Gaussian; lower is better.",
+    {"sigreg/img": "image", "sigreg/txt": "text"},
   ),
   (
-    "SIGReg", True, "Distance of the embeddings from an isotropic Gaussian; lower is better.",
-    {"sigreg/img": ("image", "C0", "-"), "sigreg/txt": ("text", "C1", "-")},
+    "Cosines",
+    False,
+    "Solid: matched pairs; dashed: mismatched pairs. The gap between them is what was learned; "
+    "high cosines without a gap are collapse.",
+    {"cos/matched": "embeddings", "cos/rolled": None}
+    | {
+      f"cos/{key}{end}": BOTH[key] if not end else None for key in BOTH for end in ("", "_rolled")
+    },
   ),
   (
-    "Cosines", False,
-    "Solid: right pairs, dashed: mismatched pairs. The gap is what was learned; no gap at high "
-    "cosines is collapse.",
-    {"cos/matched": ("embeddings", "C0", "-"), "cos/rolled": ("mismatched", "C0", "--"),
-     "cos/img_to_txt": ("image → text", "C1", "-"),
-     "cos/img_to_txt_rolled": ("mismatched", "C1", "--"),
-     "cos/txt_to_img": ("text → image", "C2", "-"),
-     "cos/txt_to_img_rolled": ("mismatched", "C2", "--")},
-  ),
-  (
-    "Effective rank of a batch", False,
+    "Effective rank of a batch",
+    False,
     "Directions in use, at most the embedding dimension; a fall towards 1 is collapse.",
-    {"rank/img": ("image", "C0", "-"), "rank/txt": ("text", "C1", "-")},
+    {"rank/img": "image", "rank/txt": "text"},
   ),
   (
-    "Contrastive logits", False,
-    "Not trained on; the gap is minus InfoNCE of the batch and rises towards 0.",
-    {"logit/positive": ("positive", "C0", "-"), "logit/logsumexp": ("log-sum-exp", "C1", "-"),
-     "logit/gap": ("gap", "C2", "-")},
+    "Contrastive logits",
+    False,
+    "Not trained on. The gap is minus the batch's InfoNCE and rises towards 0 as pairs match.",
+    {"logit/positive": "positive", "logit/logsumexp": "log-sum-exp", "logit/gap": "gap"},
   ),
-  ("Gradient norm", True, "Before clipping.", {"grad_norm": ("norm", "C0", "-")}),
-  ("Learning rate", False, "", {"lr": ("lr", "C0", "-")}),
-  ("Examples per second", False, "", {"examples_per_s": ("examples/s", "C0", "-")}),
+  ("Gradient norm", True, "Before clipping.", {"grad_norm": None}),
+  ("Learning rate", False, "", {"lr": None}),
+  ("Examples per second", False, "", {"examples_per_s": None}),
   (
-    "Use of the hardware", False, "MFU is absent where the device's peak is not known.",
-    {"mfu": ("MFU", "C0", "-"), "data_wait": ("share of time waiting for data", "C1", "-")},
+    "Use of the hardware",
+    False,
+    "Shares of 1; MFU is absent where the device's peak is not known.",
+    {"mfu": "MFU", "data_wait": "time spent waiting for data"},
   ),
-)  # fmt: skip
+)
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
@@ -73,12 +82,13 @@ h1 { font-size: 1.7rem; margin: .5rem 0; } h2 { border-bottom: 1px solid #ddd; m
 h3 { margin: 1.5rem 0 .5rem; } p { max-width: 48rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 1.2rem; align-items: start; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .6rem; }
-dl.facts div { background: #f5f6f8; border-radius: 6px; padding: .4rem .7rem; }
-dt { color: #666; font-size: .8rem; } dd { margin: 0; font-variant-numeric: tabular-nums; }
+dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr));
+  gap: .6rem; }
+dl.facts div { background: #f5f6f8; border-radius: 6px; padding: .4rem .6rem; }
+dt { color: #666; font-size: .75rem; } dd { margin: 0; font-variant-numeric: tabular-nums; }
 figure { margin: 0; } figure > img { width: 100%; height: auto; }
 figcaption, .quiet, tr.below td { color: #777; } figcaption, .quiet { font-size: .85rem; }
-.scroll { overflow-x: auto; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2.2rem; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .45rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 1px solid #999; }
@@ -121,7 +131,7 @@ def write(workdir, *, config, results, spectra, retrieval, patches, notes=None):
     + "\n</html>\n"
   )
   path = os.path.join(workdir, "report.html")
-  with open(path, "w", encoding="utf-8", errors="replace") as f:  # captions may hold lone surrogates
+  with open(path, "w", encoding="utf-8", errors="replace") as f:  # for lone surrogates
     f.write(page)
   return path
 
@@ -133,21 +143,17 @@ def _overview(config, metrics):
     facts["last logged step"] = last["step"]
     names = {"loss": "loss", "cos/matched": "cosine, matched", "cos/rolled": "cosine, mismatched"}
     names |= {"rank/img": "effective rank, image", "rank/txt": "effective rank, text"}
-    names |= {"examples_per_s": "examples/s"}
+    names |= {"examples_per_s": None}
     facts |= {label: _number(last[key]) for key, label in names.items() if key in last}
-  settings = {key: _lookup(config, key) for key in TELLING}
-  settings = {key: value for key, value in settings.items() if value is not None}
+  settings = {}
+  for part, keys in TELLING.items():
+    tree = config.get(part, {}) if part else config
+    settings |= {f"{part}.{k}" if part else k: tree[k] for k in keys if k in tree}
   pretty = json.dumps(config, indent=2, default=str, ensure_ascii=False)
   return (
     f"{_facts(facts)}<h2>Configuration</h2>{_facts(settings)}"
     f"<details><summary>All of it</summary><pre>{_escape(pretty)}</pre></details>"
   )
-
-
-def _lookup(tree, dotted):
-  for key in dotted.split("."):
-    tree = tree.get(key) if isinstance(tree, dict) else None
-  return tree
 
 
 def _facts(values):
@@ -203,7 +209,7 @@ def _tables(rows):
     f'<div class="scroll"><h3>{_escape(name)}</h3>{_table(splits)}</div>'
     for name, splits in evaluations.items()
   )
-  return f'<div class="grid">{"".join(parts)}</div>'
+  return f'<div class="tables">{"".join(parts)}</div>'
 
 
 def _table(splits):
@@ -229,10 +235,13 @@ def _training(records):
   figures = []
   for title, log, hint, keys in PANELS:
     lines = []
-    for key, (label, colour, style) in keys.items():
+    colour = -1
+    for key, label in keys.items():
+      colour += "rolled" not in key  # a dashed line has the colour of its solid one
       values = np.array([r.get(key) for r in records], float)  # null becomes NaN
       if np.isfinite(values).any():
-        lines.append((label, steps, values, {"color": colour, "ls": style}))
+        style = {"color": f"C{colour}", "ls": "--" if "rolled" in key else "-"}
+        lines.append((label, steps, values, style))
     if lines:
       figures.append(_figure(title, lines, hint, log=log))
   return f'<h2>Training</h2><div class="grid">{"".join(figures)}</div>'
@@ -280,7 +289,7 @@ def _spectra(spectra):
     lines.append((label, np.arange(1, len(s) + 1), normalised, {"color": f"C{i}"}))
     longest = max(longest, len(s))
   lines.append(("isotropic ideal", [1, longest], [1, 1], {"color": "0.4", "ls": "--"}))
-  hint = "Singular value / largest, by its index. A cliff means that the directions after it are unused."
+  hint = "Each singular value over the largest. Directions after a cliff are unused."
   figure = _figure("Singular values of the centred embeddings", lines, hint, log=True, wide=True)
   return f'<h2>Spectra</h2><div style="max-width: 640px">{figure}</div>'
 
@@ -288,6 +297,7 @@ def _spectra(spectra):
 def _figure(title, lines, hint="", log=False, wide=False):
   """An HTML figure of lines (label, x, y, style); a label of None stays out of the legend."""
   from matplotlib.figure import Figure  # late: slow to import; without pyplot it is always Agg
+  from matplotlib.ticker import LogFormatter
 
   fig = Figure(figsize=(6.4, 4.4) if wide else (4.6, 3.4), layout="constrained")
   ax = fig.add_subplot()
@@ -295,12 +305,14 @@ def _figure(title, lines, hint="", log=False, wide=False):
     ax.plot(x, y, label=label, lw=1.2, **style)
   if log:
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(LogFormatter())  # 0.6 instead of 6 × 10⁻¹
+    ax.yaxis.set_minor_formatter(LogFormatter())
   ax.set_title(title)
+  ax.set_xlabel("index" if wide else "step")
   ax.grid(alpha=0.3)
   ax.spines[["top", "right"]].set_visible(False)
-  labels = sum(label is not None for label, *_ in lines)
-  if labels > 1:
-    fig.legend(loc="outside lower center", ncols=1 if wide else min(labels, 3), frameon=False)
+  if any(label for label, *_ in lines):
+    fig.legend(loc="outside lower center", ncols=1 if wide else 3, frameon=False)
   buffer = io.BytesIO()
   fig.savefig(buffer, format="png", dpi=130)
   image = _img(buffer.getvalue(), title)
@@ -366,7 +378,7 @@ def _patches(images, features):
   rgb[:, : components.shape[1]] = 255 * np.clip((components - low) / (high - low + 1e-12), 0, 1)
   share = variance[-3:].sum() / max(variance.sum(), 1e-12)
   pairs = (
-    f'<div class="pair">{_thumbnail(image, "image")}{_thumbnail(picture, "its patch features")}</div>'
+    f'<div class="pair">{_thumbnail(image, "image")}{_thumbnail(picture, "its features")}</div>'
     for image, picture in zip(images, rgb.reshape(n, h, w, 3), strict=True)
   )
   return (

@@ -42,8 +42,8 @@ class GPT(nn.Module):
   @nn.compact
   def __call__(self, text, mask):
     L = text.shape[1]
-    if L > self.length:
-      raise ValueError(f"{L} text tokens, but the tower has positions for text.length={self.length}")
+    if self.length < L:
+      raise ValueError(f"{L} tokens, but the text tower has text.length={self.length} positions")
     init = nn.initializers.normal(0.02)
     out_init = nn.initializers.normal(0.02 / (2 * self.depth) ** 0.5)
     embed = nn.Embed(

@@ -58,7 +58,8 @@ class TwoTower(nn.Module):
     )
     head = lambda depth: Head(depth, self.hidden_dim, self.embed_dim, self.dtype)
     self.image_head, self.text_head = head(1), head(1)
-    self.image_predictor, self.text_predictor = head(self.predictor_depth), head(self.predictor_depth)
+    self.image_predictor = head(self.predictor_depth)
+    self.text_predictor = head(self.predictor_depth)
 
   def __call__(self, batch, *, train):
     out = {}
