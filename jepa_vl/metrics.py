@@ -15,12 +15,14 @@ PEAK_FLOPS = (
   ("TPU v5e", 197e12),
   ("TPU v5", 459e12),
   ("TPU v6", 918e12),
-  ("TPU7x", 2307e12),
+  ("TPU7x", 1153.5e12),  # a device is one of the chip's two chiplets
   ("H100 PCIe", 756e12),
   ("H100", 989e12),
   ("H200", 989e12),
   ("A100", 312e12),
   ("B200", 2250e12),
+  ("L40S", 362e12),
+  ("L40", 181e12),
   ("L4", 121e12),
 )
 

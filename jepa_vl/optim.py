@@ -14,20 +14,20 @@ def cosine(cfg, steps):
 def warmup_stable_decay(cfg, steps):
   """Linear warm-up, constant, then a cosine to lr * final over the last `decay` of the steps."""
   warmup = _warmup(cfg, steps)
-  decay = max(round(cfg.decay * steps), 1)
+  decay_from = max(steps - round(cfg.decay * steps), warmup)
   return optax.join_schedules(
     [
       optax.linear_schedule(cfg.lr * cfg.warmup_from, cfg.lr, warmup),
       optax.constant_schedule(cfg.lr),
-      optax.cosine_decay_schedule(cfg.lr, decay, alpha=cfg.final),
+      optax.cosine_decay_schedule(cfg.lr, max(steps - decay_from, 1), alpha=cfg.final),
     ],
-    [warmup, max(steps - decay, warmup)],
+    [warmup, decay_from],
   )
 
 
 def _warmup(cfg, steps):
   # A shortened run (--config.steps=100) keeps its shape: never more warm-up than half of it.
-  return max(min(cfg.warmup, steps // 2), 1)
+  return min(cfg.warmup, steps // 2)
 
 
 SCHEDULES = {"cosine": cosine, "wsd": warmup_stable_decay}

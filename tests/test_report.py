@@ -88,7 +88,8 @@ def test_without_logs_and_sections(tmp_path):
 def test_one_step_has_figures_but_no_curves(tmp_path):
   log(tmp_path, (1,))
   page = read(tmp_path, **EMPTY)
-  assert "last logged step" in page
+  assert "<dt>last logged step</dt><dd>1</dd>" in page
+  assert "<dt>loss</dt><dd>1.000</dd>" in page
   assert "Too few logged steps for curves (1)" in page
   assert "<img" not in page
 

@@ -182,7 +182,9 @@ def own_tags(label: str, tags: Iterable[str]) -> list[str]:
 
 def caption_with_tags(record: dict) -> str:
   """A record's label followed by its tags, separated by commas."""
-  return ", ".join([record["caption"], *record["tags"]])
+  from jepa_vl.data import transforms  # late: it imports sources, which imports this module
+
+  return transforms.full_caption(record)
 
 
 def read_records(split: str) -> list[dict]:
@@ -196,18 +198,9 @@ def read_records(split: str) -> list[dict]:
 
 def decode_image(data: bytes):
   """Decodes a record's image to uint8 RGB of shape [64, 64, 3]."""
-  import cv2
+  from jepa_vl.data import transforms  # late: see caption_with_tags
 
-  image = cv2.imdecode(_as_array(data), cv2.IMREAD_COLOR)
-  if image is None:
-    raise ValueError("Expected an encoded image, but it cannot be decoded; rebuild the dataset.")
-  return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _as_array(data: bytes):
-  import numpy as np
-
-  return np.frombuffer(data, np.uint8)
+  return transforms.decode(data)
 
 
 def fetch_package(name: str, cache: Path) -> Path:
@@ -286,7 +279,7 @@ def encode_image(data: bytes) -> bytes:
   import cv2
   import numpy as np
 
-  image = cv2.imdecode(_as_array(data), cv2.IMREAD_UNCHANGED)
+  image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
   if image is None:
     raise SystemExit("A source package holds an image that cannot be decoded; fetch it again.")
   if image.ndim == 2:

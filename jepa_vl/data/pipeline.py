@@ -94,9 +94,9 @@ def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, 
     source, tokenizer, cfg, batch_size=batch_size, seed=seed, start_step=start_step,
     process=process, processes=processes,
   )  # fmt: skip
-  local = batch_size // processes
-  reading = grain.ReadOptions(num_threads=4 if cfg.workers else 1, prefetch_buffer_size=2 * local)
-  ds = grain.MapDataset.source(rows).to_iter_dataset(reading).batch(local, drop_remainder=True)
+  # Batched before it is iterated: workers take turns by element, and an element must be a batch.
+  ds = grain.MapDataset.source(rows).batch(batch_size // processes)
+  ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
   if cfg.workers:
     ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers))
   return iter(ds)

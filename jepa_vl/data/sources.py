@@ -45,6 +45,9 @@ class ArrayRecord:
       raise DamagedRecord(f"record {index}: cannot be read ({type(e).__name__}: {e})") from e
     if not isinstance(record, dict) or not {"image", "caption"} <= set(record):
       raise DamagedRecord(f"record {index}: no msgpack dict with 'image' and 'caption'")
+    tags = record.get("tags") or []
+    if not isinstance(tags, list) or any(type(t) is not str for t in [record["caption"], *tags]):
+      raise DamagedRecord(f"record {index}: 'caption' must be a string, 'tags' a list of strings")
     return record
 
   @property
@@ -65,8 +68,9 @@ def _open(paths):
       if len(array_record_data_source.ArrayRecordDataSource([path])) == 0:
         raise ValueError("it holds no record")
     except Exception as e:
+      reason = str(e).partition("\n")[0]
       raise ValueError(
-        f"{path} is not a whole ArrayRecord file ({str(e).splitlines()[0]}); it may have been cut "
+        f"{path} is not a whole ArrayRecord file ({reason}); it may have been cut "
         "short in copying: copy or prepare it again, or leave it out of data.path"
       ) from e
   return array_record_data_source.ArrayRecordDataSource(paths)

@@ -15,7 +15,10 @@ class SentencePiece:
     import sentencepiece  # late: data workers that only decode images do without
 
     self.model = model
-    self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as e:
+      raise ValueError("text.tokenizer: the file is no SentencePiece .model") from e
     self.vocab_size = self._processor.vocab_size()
     self.eot = self._processor.eos_id()
     if self.eot < 0:
@@ -40,6 +43,7 @@ def load(spec):
 
   Raises:
     FileNotFoundError: no such file.
+    ValueError: the file is no SentencePiece model, or one without EOT.
   """
   path = embedded.DIRECTORY / "tokenizer.model" if spec == "emoji" else spec
   if not spec or not os.path.isfile(path):

@@ -20,22 +20,32 @@ def decode(data):
 
 
 def resize(image, height, width):
-  """Antialiased when shrinking (area), bicubic when enlarging."""
-  if image.shape[:2] == (height, width):
-    return image
-  shrinks = image.shape[0] >= height and image.shape[1] >= width
-  method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-  return cv2.resize(image, (width, height), interpolation=method)
+  """Antialiased along a side that shrinks (area), bicubic along one that grows."""
+  h, w = image.shape[:2]
+  small = min(width, w), min(height, h)
+  if small != (w, h):
+    image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+  if small != (width, height):
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+  return image
 
 
 def centre_crop(image, size, resize_ratio):
   """The evaluation crop: shorter side to size * resize_ratio, then the central size x size."""
-  short = round(size * resize_ratio)
+  # No more than the crop can show: resizing all of a 1 x 20000 image would take gigabytes.
+  limit = 2 * min(image.shape[:2])
+  image = _centre(image, limit, limit)
   h, w = image.shape[:2]
-  scale = short / min(h, w)
+  scale = round(size * resize_ratio) / min(h, w)
   image = resize(image, max(round(h * scale), size), max(round(w * scale), size))
-  top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-  return image[top : top + size, left : left + size]
+  return _centre(image, size, size)
+
+
+def _centre(image, height, width):
+  """The central part, at most height x width."""
+  h, w = image.shape[:2]
+  top, left = max(h - height, 0) // 2, max(w - width, 0) // 2
+  return image[top : top + height, left : left + width]
 
 
 def random_resized_crop(image, size, rng, scale, ratio=(3 / 4, 4 / 3)):
@@ -48,7 +58,10 @@ def random_resized_crop(image, size, rng, scale, ratio=(3 / 4, 4 / 3)):
     if 0 < bh <= h and 0 < bw <= w:
       top, left = rng.integers(h - bh + 1), rng.integers(w - bw + 1)
       return resize(image[top : top + bh, left : left + bw], size, size)
-  return centre_crop(image, size, 1.0)
+  # As torchvision: the largest central box of an allowed aspect. Not rare: at scale (0.8, 1) no
+  # box fits an image wider than 5:3.
+  aspect = np.clip(w / h, *ratio)
+  return resize(_centre(image, round(w / aspect), round(h * aspect)), size, size)
 
 
 def colour_jitter(image, rng, brightness, contrast, saturation, hue):

@@ -4,8 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jepa_vl import sharding
 from jepa_vl.data import pipeline, sources, transforms
@@ -40,19 +44,23 @@ class Encode:
   image_size: int
   resize_ratio: float
   batch_size: int
-  _splits: dict = dataclasses.field(default_factory=dict)
+  _kept: dict = dataclasses.field(default_factory=dict)
   _features: dict = dataclasses.field(default_factory=dict)
   _of: Any = None
 
   def __call__(self, variables, batch):
     return self.apply(variables, batch)
 
+  def once(self, key, compute):
+    """compute(), kept under `key`: for what does not change while the encoder trains."""
+    if key not in self._kept:
+      self._kept[key] = compute()
+    return self._kept[key]
+
   def split(self, source, path, split):
     """The decoded split, read once."""
     key = (source, path, split)
-    if key not in self._splits:
-      self._splits[key] = _read_split(self, sources.open_source(*key))
-    return self._splits[key]
+    return self.once(key, lambda: _read_split(self, sources.open_source(*key)))
 
   def features(self, variables, source, path, split):
     """z_img, p_img, cls, pooled of the split's images (N, .) and z_txt, p_txt of its captions."""
@@ -83,14 +91,19 @@ class Encode:
     return tokens.reshape(len(images), side, side, -1)
 
   def _map(self, variables, rows, keep):
+    # Every process passes all rows and gets all results; the devices share the work.
     count, B = len(next(iter(rows.values()))), self.batch_size
     parts = []
     for start in range(0, count, B):
-      batch = {k: _pad(v[start : start + B], B) for k, v in rows.items()}
+      batch = {k: self._put(_pad(v[start : start + B], B)) for k, v in rows.items()}
       with sharding.use_mesh(self.mesh):
-        parts.append(keep(self.apply(variables, sharding.put_batch(batch, self.mesh))))
-    parts = [{k: np.asarray(v) for k, v in part.items()} for part in parts]
+        parts.append(keep(self.apply(variables, batch)))
+    parts = multihost_utils.process_allgather(parts, tiled=True)
     return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
+
+  def _put(self, x):
+    split = NamedSharding(self.mesh, P(sharding.BATCH))
+    return jax.make_array_from_callback(x.shape, split, lambda rows: x[rows])
 
 
 def _image_features(out):
@@ -111,18 +124,19 @@ def _read_split(encode, source):
   records, images, left_out = pipeline.evaluation_rows(
     source, image_size=encode.image_size, resize_ratio=encode.resize_ratio
   )
+  # Without a concept, records of one caption share it: equal texts cannot be told apart.
+  names = [record.get("concept", transforms.full_caption(record)) for record in records]
   concepts = {}
-  for i, record in enumerate(records):
-    concepts.setdefault(record.get("concept", i), transforms.full_caption(record))
+  for name, record in zip(names, records, strict=True):
+    concepts.setdefault(name, transforms.full_caption(record))
   columns = {concept: c for c, concept in enumerate(concepts)}
   relevant = np.zeros((len(records), len(concepts)), bool)
   # Pixel-identical images are one image with several captions: any of them is a hit.
   same = {}
-  for i, (record, image) in enumerate(zip(records, images, strict=True)):
-    same.setdefault(image.tobytes(), []).append((i, columns[record.get("concept", i)]))
+  for i, image in enumerate(images):
+    same.setdefault(image.tobytes(), []).append(i)
   for members in same.values():
-    for i, _ in members:
-      relevant[i, [column for _, column in members]] = True
+    relevant[np.ix_(members, [columns[names[i]] for i in members])] = True
   return Split(records, images, list(concepts.values()), relevant, left_out)
 
 
@@ -152,7 +166,7 @@ def first_hit(scores, relevant):
 
   Ties and NaN count against the model, so that constant embeddings do not score.
   """
-  scores = np.where(np.isnan(scores), -np.inf, scores)
+  scores = np.where(np.isnan(scores), np.where(relevant, -np.inf, np.inf), scores)
   best = np.max(np.where(relevant, scores, -np.inf), axis=1, keepdims=True)
   return np.sum((scores >= best) & ~relevant, axis=1)
 

@@ -19,7 +19,7 @@ def run(encode, variables, mesh, *, source, path, splits, label, train_split, se
   """
   y = {
     s: np.array([r[label] for r in encode.split(source, path, s).records])
-    for s in {train_split, select_split, *splits}
+    for s in dict.fromkeys((train_split, select_split, *splits))
   }
   features = lambda s, name: (
     _pixels(encode.split(source, path, s).images)
@@ -29,7 +29,8 @@ def run(encode, variables, mesh, *, source, path, splits, label, train_split, se
   fit = lambda name: _fit_and_score(
     {s: features(s, name) for s in y}, y, train_split, select_split, tuple(l2)
   )
-  floor = _once(encode, (source, path, label, train_split), lambda: fit("raw_pixels"))
+  key = ("raw_pixels", source, path, tuple(y), label, train_split, select_split, tuple(l2))
+  floor = encode.once(key, lambda: fit("raw_pixels"))
   metrics = {}
   for name in FEATURES:
     scores = fit(name)
@@ -39,14 +40,6 @@ def run(encode, variables, mesh, *, source, path, splits, label, train_split, se
       metrics[f"{key}@majority"] = float(np.bincount(y[split]).max() / len(y[split]))
       metrics[f"{key}@raw_pixels"] = floor[split]
   return metrics
-
-
-def _once(encode, key, compute):
-  # The pixels do not change while the encoder trains.
-  cache = encode.__dict__.setdefault("_raw_pixels", {})
-  if key not in cache:
-    cache[key] = compute()
-  return cache[key]
 
 
 def _pixels(images):

@@ -27,7 +27,7 @@ TELLING = {
 }
 
 BOTH = {"img_to_txt": "image → text", "txt_to_img": "text → image"}
-# title, whether the y axis is logarithmic, what to look for, {metric: label}; "rolled" is dashed
+# title, whether a wide range gets a log axis, what to look for, {metric: label}; "rolled" is dashed
 PANELS = (
   ("Loss", True, "The weighted sum of prediction errors and SIGReg.", {"loss": None}),
   (
@@ -111,7 +111,7 @@ def write(workdir, *, config, results, spectra, retrieval, patches, notes=None):
   config: nested dict; results: rows of `evals.table`; spectra: {name: (D,) singular values};
   retrieval: dict of split, images (N, S, S, 3) uint8, captions (C), similarity and relevant (N, C);
   patches: dict of images (n, S, S, 3) uint8 and features (n, h, w, W); notes: {split: one line}.
-  The last three inputs but notes may be None, which leaves their section out.
+  spectra, retrieval and patches may be None, which leaves their section out.
   """
   metrics = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
   evals = read_jsonl(os.path.join(workdir, "evals.jsonl"))
@@ -143,7 +143,7 @@ def _overview(config, metrics):
     facts["last logged step"] = last["step"]
     names = {"loss": "loss", "cos/matched": "cosine, matched", "cos/rolled": "cosine, mismatched"}
     names |= {"rank/img": "effective rank, image", "rank/txt": "effective rank, text"}
-    names |= {"examples_per_s": None}
+    names |= {"examples_per_s": "examples/s"}
     facts |= {label: _number(last[key]) for key, label in names.items() if key in last}
   settings = {}
   for part, keys in TELLING.items():
@@ -243,6 +243,8 @@ def _training(records):
         style = {"color": f"C{colour}", "ls": "--" if "rolled" in key else "-"}
         lines.append((label, steps, values, style))
     if lines:
+      values = np.concatenate([y for _, _, y, _ in lines])
+      log = log and np.nanmax(values) > 10 * np.nanmin(values) > 0
       figures.append(_figure(title, lines, hint, log=log))
   return f'<h2>Training</h2><div class="grid">{"".join(figures)}</div>'
 
@@ -297,7 +299,7 @@ def _spectra(spectra):
 def _figure(title, lines, hint="", log=False, wide=False):
   """An HTML figure of lines (label, x, y, style); a label of None stays out of the legend."""
   from matplotlib.figure import Figure  # late: slow to import; without pyplot it is always Agg
-  from matplotlib.ticker import LogFormatter
+  from matplotlib.ticker import LogLocator
 
   fig = Figure(figsize=(6.4, 4.4) if wide else (4.6, 3.4), layout="constrained")
   ax = fig.add_subplot()
@@ -305,8 +307,11 @@ def _figure(title, lines, hint="", log=False, wide=False):
     ax.plot(x, y, label=label, lw=1.2, **style)
   if log:
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(LogFormatter())  # 0.6 instead of 6 × 10⁻¹
-    ax.yaxis.set_minor_formatter(LogFormatter())
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, high / 10), high)  # a decade at least, so that some ticks have labels
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter("{x:g}" if high < 1e3 * low else "")
   ax.set_title(title)
   ax.set_xlabel("index" if wide else "step")
   ax.grid(alpha=0.3)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them: launch/test.sh [pytest arguments]
+#   launch/test.sh             the suite
+#   launch/test.sh -m slow     the tests that take minutes
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+ACCELERATOR=cpu source launch/setup.sh
+"$VENV/bin/python" -m pip install --quiet -r requirements-test.txt
+"$VENV/bin/ruff" check .
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,41 @@
+"""The direction of imports that the README draws: downward only, siblings apart."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RANK = {
+  "sharding": 0, "metrics": 0,
+  "model": 1, "optim": 1, "checkpoint": 1,
+  "state": 2, "data": 2, "objectives": 2,
+  "step": 3, "evals": 3,
+  "train": 4,
+  "main": 5,
+}  # fmt: skip
+
+
+def edges():
+  """(part, imported part, file) for every import of ours within the package."""
+  for path in sorted((ROOT / "jepa_vl").rglob("*.py")):
+    part = path.relative_to(ROOT / "jepa_vl").parts[0].removesuffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+      for name in names:
+        if name.startswith("jepa_vl.") and part != "__init__":
+          yield part, name.split(".")[1], path.name
+
+
+def test_imports_point_downward():
+  found = list(edges())
+  assert len(found) > 30
+  bad = [f"{f}: {a} -> {b}" for a, b, f in found if a != b and RANK[b] >= RANK[a]]
+  assert not bad, "\n".join(bad)
+
+
+def test_every_part_has_a_rank():
+  parts = {p.name.removesuffix(".py") for p in (ROOT / "jepa_vl").iterdir()} - {"__pycache__"}
+  assert parts - {"__init__"} == set(RANK)

@@ -1,0 +1,165 @@
+"""Towers and heads: shapes, causality, padding, one set of numbers however layers are compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import vit_b
+from jepa_vl import state as state_lib
+from jepa_vl.model import layers, two_tower, vit
+from jepa_vl.model.gpt import readout_positions
+
+
+def build(config, **changes):
+  c = config.copy_and_resolve_references()
+  c.update_from_flattened_dict(changes)
+  return two_tower.from_config(c.model, c.text, vocab_size=50, dtype=jnp.float32)
+
+
+def example(model, rows=8, seed=0):
+  rng = np.random.default_rng(seed)
+  S, L = model.image_size, model.text_length
+  lengths = rng.integers(1, L + 1, (rows, 1))
+  return {
+    "image": rng.integers(0, 256, (rows, S, S, 3), dtype=np.uint8),
+    "text": rng.integers(0, 50, (rows, L)).astype(np.int32),
+    "mask": np.arange(L)[None] < lengths,
+  }
+
+
+def init(model):
+  batch = two_tower.dummy_batch(model, 2)
+  return jax.jit(lambda key: model.init(key, batch, train=False))(jax.random.key(0))
+
+
+def loss_and_grads(model, variables, batch):
+  def loss(params):
+    out, _ = model.apply({**variables, "params": params}, batch, train=True, mutable="batch_stats")
+    return sum(jnp.sum(jnp.sin(3 * out[k])) for k in ("p_img", "p_txt")), out
+
+  (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+  return out, grads
+
+
+def test_shapes(config):
+  model = build(config)
+  out = jax.eval_shape(lambda: model.apply(init(model), example(model), train=False))
+  assert {k: v.shape for k, v in out.items()} == {
+    **{k: (8, 16) for k in ("z_img", "z_txt", "p_img", "p_txt")},
+    "cls": (8, 128), "patches": (8, 4, 128),
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [
+  {"model.scan": False},
+  {"model.remat": "full"},
+  {"model.remat": "dots"},
+  {"model.remat": "full", "model.scan": False},
+])
+def test_scan_unroll_and_remat_give_the_same_numbers(config, changes):
+  """From the same parameters: one layout serves all of them."""
+  config.model.scan = True
+  model, other = build(config), build(config, **changes)
+  variables, batch = init(model), example(model)
+  assert jax.tree.structure(init(other)) == jax.tree.structure(variables)
+  (out, grads), (out2, grads2) = (loss_and_grads(m, variables, batch) for m in (model, other))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, out2)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, grads2)
+
+
+def test_layers_start_from_different_numbers(config):
+  kernel = init(build(config))["params"]["image"]["tower"]["blocks"]["attn"]["qkv"]["kernel"]
+  assert not np.allclose(kernel[0], kernel[1])
+
+
+def test_text_tower_is_causal(config):
+  """The readout at EOT has no gradient to any later token, and one to every earlier."""
+  model = build(config)
+  variables = init(model)
+  table = variables["params"]["text"]["token_embedding"]["embedding"]
+  text = jnp.arange(12)[None]  # each token stands once, so a table row is a position
+  mask = jnp.arange(12)[None] < 7
+
+  def f(table):
+    text_params = {**variables["params"]["text"], "token_embedding": {"embedding": table}}
+    params = {**variables["params"], "text": text_params}
+    batch = {"text": text, "mask": mask}
+    return jnp.sum(jnp.sin(model.apply({**variables, "params": params}, batch, train=False)["z_txt"]))
+
+  norms = jnp.linalg.norm(jax.grad(f)(table), axis=1)
+  assert (norms[:7] > 0).all() and (norms[7:] == 0).all()
+
+
+@pytest.mark.parametrize("readout", ["eot", "last"])
+def test_padding_does_not_matter(config, readout):
+  model = build(config, **{"text.readout": readout})
+  variables, batch = init(model), example(model)
+  # Position 11 is what "last" reads, padding or not; its own token may count there.
+  padding = ~batch["mask"] & (np.arange(12) < (12 if readout == "eot" else 11))
+  other = {**batch, "text": np.where(padding, 7, batch["text"])}
+  z, z2 = (model.apply(variables, b, train=False)["z_txt"] for b in (batch, other))
+  np.testing.assert_allclose(z, z2, atol=1e-6)
+
+
+def test_readout_positions():
+  mask = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+  assert readout_positions(mask, "eot").tolist() == [1, 3]
+  assert readout_positions(mask, "last").tolist() == [3, 3]
+  with pytest.raises(ValueError, match="text.readout"):
+    readout_positions(mask, "mean")
+
+
+def test_other_image_sizes_resample_the_positions(config):
+  """Twice the side gives four times the patches; the CLS token's position is kept."""
+  model = build(config)
+  variables = init(model)
+  image = example(model)["image"]
+  large = np.repeat(np.repeat(image, 2, axis=1), 2, axis=2)
+  out = model.apply(variables, {"image": large}, train=False)
+  assert out["patches"].shape == (8, 16, 128)
+
+
+def test_resampling_keeps_constants_and_ramps():
+  """Bicubic interpolation is exact on a linear field away from the border."""
+  y, x = np.meshgrid(np.arange(8.0), np.arange(8.0), indexing="ij")
+  table = jnp.stack([jnp.ones(64), jnp.asarray(x.ravel()), jnp.asarray(y.ravel())], axis=1)
+  fine = np.asarray(layers.resample_positions(table, (16, 16))).reshape(16, 16, 3)
+  np.testing.assert_allclose(fine[..., 0], 1, rtol=1e-6)
+  inner = (np.arange(16) + 0.5) / 2 - 0.5
+  np.testing.assert_allclose(fine[8, 5:11, 1], inner[5:11], atol=1e-5)
+  np.testing.assert_allclose(fine[5:11, 8, 2], inner[5:11], atol=1e-5)
+
+
+def test_normalisation_is_that_of_the_statistics():
+  image = np.full((1, 2, 2, 3), 128, np.uint8)
+  out = vit.normalise(jnp.asarray(image), "imagenet")
+  np.testing.assert_allclose(out[0, 0, 0], (128 / 255 - np.array([0.485, 0.456, 0.406]))
+                             / np.array([0.229, 0.224, 0.225]), rtol=1e-5)  # fmt: skip
+
+
+def test_patch_that_does_not_divide_is_named(config):
+  with pytest.raises(ValueError, match="model.patch_size=7 does not divide model.image_size=16"):
+    build(config, **{"model.patch_size": 7})
+
+
+def test_batch_norm_uses_running_statistics_only_in_evaluation(config):
+  model = build(config)
+  variables, batch = init(model), example(model)
+  _, new = model.apply(variables, batch, train=True, mutable="batch_stats")
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], new["batch_stats"])
+  assert all(jax.tree.leaves(moved))
+  one = model.apply(variables, {k: v[:1] for k, v in batch.items()}, train=False)
+  all_rows = model.apply(variables, batch, train=False)
+  np.testing.assert_allclose(one["p_img"], all_rows["p_img"][:1], atol=1e-5)
+
+
+def test_canonical_model_has_the_published_size():
+  """ViT-B/16: 85.8M (timm, without its classifier); GPT-2 base: 123.6M with 50257 tokens, 77 places."""
+  c = vit_b.get_config()
+  model = two_tower.from_config(c.model, c.text, vocab_size=50257, dtype=jnp.bfloat16)
+  params = jax.eval_shape(lambda: init(model))["params"]
+  assert state_lib.count(params["image"]) == 85_798_656
+  # Hugging Face's GPT2Model has 124,439,808 with 1024 positions; we keep the 77 that are used.
+  assert state_lib.count(params["text"]) == 124_439_808 - (1024 - 77) * 768
+  assert two_tower.forward_flops(model) == pytest.approx(48.5e9, rel=0.005)

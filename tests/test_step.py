@@ -1,0 +1,211 @@
+"""The train step: equal under every mesh, accumulation as defined, stop-gradient that stops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_vl import sharding, train
+from jepa_vl import state as state_lib
+
+MESHES = [
+  {"data": 8, "fsdp": 1, "tensor": 1},
+  {"data": 1, "fsdp": 8, "tensor": 1},
+  {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
+def example(config, vocab_size, seed=0):
+  rng = np.random.default_rng(seed)
+  B, S, L = config.batch_size, config.model.image_size, config.text.length
+  return {
+    "image": rng.integers(0, 256, (B, S, S, 3), dtype=np.uint8),
+    "text": rng.integers(0, vocab_size, (B, L)).astype(np.int32),
+    "mask": np.arange(L)[None] < rng.integers(1, L + 1, (B, 1)),
+  }
+
+
+ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch):
+  """A mesh takes as many of the eight devices as its sizes ask for."""
+  make = sharding.make_mesh
+  few = lambda **sizes: make(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+  monkeypatch.setattr(sharding, "make_mesh", few)
+
+
+def first_step(config, mesh_sizes):
+  """State before and after one step, and the metrics, on that mesh."""
+  c = config.copy_and_resolve_references()
+  c.mesh.update(mesh_sizes)
+  run = train.build(c)
+  state = state_lib.init_state(run.model, run.tx, run.mesh, c.seed)
+  before = jax.device_get(state)
+  batch = sharding.put_batch(example(c, run.model.vocab_size), run.mesh)
+  with sharding.use_mesh(run.mesh):
+    state, metrics = run.train_step(state, batch)
+  return before, state, jax.device_get(metrics)
+
+
+def adam_gradients(state):
+  """The first step's gradients, from Adam's first moment."""
+  mu = next(s.mu for s in jax.tree.leaves(state.opt, is_leaf=lambda x: hasattr(x, "mu"))
+            if hasattr(s, "mu"))  # fmt: skip
+  return jax.tree.map(lambda m: np.asarray(m) / 0.1, mu)
+
+
+def with_gradient(name, leaf):
+  """The part of a leaf whose gradient is not exactly zero by construction.
+
+  A softmax does not change when all keys are shifted, and BatchNorm takes out the constant that
+  the final norm's bias adds. What is computed there is round-off, which Adam turns into steps of
+  up to lr in either direction.
+  """
+  if name.endswith("attn/qkv/bias"):
+    return np.delete(leaf, 1, axis=-3)
+  return leaf[:0] if name.endswith("final_norm/bias") else leaf
+
+
+@pytest.mark.parametrize("mesh_sizes", MESHES, ids=str)
+def test_sharded_equals_single_device(config, mesh_sizes):
+  """Loss terms, gradients and one AdamW step, float32, 1e-5."""
+  config.objective.group_size = 8
+  config.optim.warmup_from = 1.0  # a first step of the full learning rate
+  config.optim.clip = 0.0
+  before, alone, metrics = first_step(config, ALONE)
+  same, sharded, metrics2 = first_step(config, mesh_sizes)
+  jax.tree.map(np.testing.assert_array_equal, before.params, same.params)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(metrics2[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+  def close(path, a, b):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=sharding.path_name(path))
+
+  jax.tree_util.tree_map_with_path(close, adam_gradients(alone), adam_gradients(sharded))
+  jax.tree_util.tree_map_with_path(close, alone.batch_stats, jax.device_get(sharded.batch_stats))
+
+  moved = 0
+
+  def close_after_adam(path, a, b, start):
+    nonlocal moved
+    name = sharding.path_name(path)
+    a, b, start = (with_gradient(name, x) for x in (a, b, start))
+    # Adam divides by the gradient's size: a component that is itself round-off may step by lr
+    # either way. Those are few, and everything else agrees.
+    off = np.abs(a - b) > 1e-5
+    assert off.sum() <= 1e-3 * off.size, f"{name}: {off.sum()} of {off.size} differ"
+    moved += int((np.abs(a - start) > 1e-5).any())
+
+  jax.tree_util.tree_map_with_path(
+    close_after_adam, jax.device_get(alone.params), jax.device_get(sharded.params), before.params
+  )
+  assert moved > 20
+
+
+def test_parameters_are_split_as_the_table_says(config):
+  _, state, _ = first_step(config, {"data": 2, "fsdp": 2, "tensor": 2})
+  kernel = state.params["image"]["tower"]["blocks"]["mlp"]["up"]["kernel"]
+  assert kernel.shape == (4, 128, 512)
+  assert kernel.sharding.shard_shape(kernel.shape) == (4, 64, 256)
+  moment = next(s.mu for s in jax.tree.leaves(state.opt, is_leaf=lambda x: hasattr(x, "mu"))
+                if hasattr(s, "mu"))["image"]["tower"]["blocks"]["mlp"]["up"]["kernel"]  # fmt: skip
+  assert moment.sharding.shard_shape(moment.shape) == (4, 64, 256)
+
+
+def test_accumulation_is_the_mean_over_micro_batches(config):
+  """Two micro-batches of every second row: mean terms and gradients, BatchNorm and SIGReg in each."""
+  config.optim.clip = 0.0
+  config.accumulate = 2
+  _, state, metrics = first_step(config, ALONE)
+  run = train.build(config)
+  objective = train.objectives.from_config(config.objective)
+  start = state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
+  batch = example(config, run.model.vocab_size)
+  rng = jax.random.fold_in(jax.random.key(config.seed), 0)
+  stats, grads, losses = start.batch_stats, [], []
+  for i in range(2):
+    rows = {k: v[i::2] for k, v in batch.items()}
+
+    def loss_fn(params, stats=stats, rows=rows, i=i):
+      out, new = run.model.apply(
+        {"params": params, "batch_stats": stats}, rows, train=True, mutable="batch_stats"
+      )
+      return objective(out, jax.random.fold_in(rng, i))[0], new["batch_stats"]
+
+    (loss, stats), g = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(start.params)
+    losses.append(loss)
+    grads.append(g)
+  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+  jax.tree.map(close, adam_gradients(state), jax.device_get(mean))
+  jax.tree.map(close, jax.device_get(state.batch_stats), jax.device_get(stats))
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_stop_gradient_stops(config, stop_gradient):
+  """With it, the prediction of text from an image gives the text tower no gradient at all."""
+  config.objective.update({"stop_gradient": stop_gradient, "lambda_img": 0.0, "lambda_txt": 0.0})
+  run = train.build(config)
+  terms = train.objectives.from_config(config.objective)
+  state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
+  batch = example(config, run.model.vocab_size)
+
+  def img_to_txt(params):
+    variables = {"params": params, "batch_stats": state.batch_stats}
+    out, _ = run.model.apply(variables, batch, train=True, mutable="batch_stats")
+    return terms(out, jax.random.key(0))[1]["align/img_to_txt"]
+
+  grads = jax.jit(jax.grad(img_to_txt))(state.params)
+  norm = lambda name: sum(float(jnp.sum(jnp.abs(g))) for g in jax.tree.leaves(grads[name]))
+  assert norm("image") > 0 and norm("image_predictor") > 0
+  for name in ("text", "text_head"):
+    assert (norm(name) == 0) == stop_gradient
+  assert norm("text_predictor") == 0
+
+
+def test_weights_are_applied_once(config):
+  """loss = (1 - lv - lt)/2 (both alignments) + lv SIGReg(z_v) + lt SIGReg(z_t)."""
+  cfg = config.objective
+  cfg.update({"lambda_img": 0.1, "lambda_txt": 0.3})
+  z = {k: jax.random.normal(jax.random.key(i), (16, 8))
+       for i, k in enumerate(("z_img", "z_txt", "p_img", "p_txt"))}  # fmt: skip
+  loss, terms = train.objectives.from_config(cfg)(z, jax.random.key(9))
+  expected = (
+    0.6 * (terms["align/img_to_txt"] + terms["align/txt_to_img"]) / 2
+    + 0.1 * terms["sigreg/img"]
+    + 0.3 * terms["sigreg/txt"]
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    terms["align/img_to_txt"], np.mean((z["p_img"] - z["z_txt"]) ** 2), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("align", ["mse_sum", "cosine"])
+def test_other_alignments(config, align):
+  config.objective.align = align
+  z = {k: jax.random.normal(jax.random.key(i), (16, 8))
+       for i, k in enumerate(("z_img", "z_txt", "p_img", "p_txt"))}  # fmt: skip
+  _, terms = train.objectives.from_config(config.objective)(z, jax.random.key(9))
+  p, t = np.asarray(z["p_txt"], np.float64), np.asarray(z["z_img"], np.float64)
+  cos = (p * t).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(t, axis=1)
+  expected = {"mse_sum": ((p - t) ** 2).sum(1).mean(), "cosine": (2 - 2 * cos).mean()}[align]
+  np.testing.assert_allclose(terms["align/txt_to_img"], expected, rtol=1e-5)
+
+
+def test_loss_falls_on_sixteen_pairs(config):
+  config.optim.warmup_from = 1.0
+  config.steps = 60
+  run = train.build(config)
+  state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
+  batch = sharding.put_batch(example(config, run.model.vocab_size), run.mesh)
+  losses = []
+  with sharding.use_mesh(run.mesh):
+    for _ in range(40):
+      state, metrics = run.train_step(state, batch)
+      losses.append(float(metrics["loss"]))
+  assert np.mean(losses[-5:]) < 0.5 * losses[0]
+  assert int(state.step) == 40
