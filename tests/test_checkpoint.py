@@ -1,0 +1,151 @@
+"""Checkpoints: damage is noticed and stepped over, and nothing that was whole is lost."""
+
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_vl import checkpoint, sharding
+
+
+def make_state(seed):
+  key = jax.random.key(seed)
+  return {
+    "params": {"kernel": jax.random.normal(key, (64, 32)), "bias": jnp.arange(8.0) + seed},
+    "step": jnp.int32(seed),
+  }
+
+
+def shapes(state):
+  as_struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return jax.tree.map(as_struct, state)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A folder with checkpoints 1 and 2."""
+  checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=3)
+  for step in (1, 2):
+    checkpoints.save(step, make_state(step), {"name": "run", "step": step})
+  checkpoints.close()
+  return tmp_path / "checkpoints"
+
+
+def restore(folder, check=lambda meta: None):
+  checkpoints = checkpoint.Checkpoints(folder, keep=3)
+  try:
+    return checkpoints.restore(shapes(make_state(0)), check)
+  finally:
+    checkpoints.close()
+
+
+def assert_is(restored, step):
+  assert restored[0] == step
+  jax.tree.map(np.testing.assert_array_equal, restored[1], make_state(step))
+
+
+def test_the_newest_comes_back_with_its_meta(saved):
+  seen = []
+  assert_is(restore(saved, check=seen.append), 2)
+  assert seen[0]["name"] == "run" and seen[0]["step"] == 2
+
+
+def test_an_empty_folder_restores_nothing(tmp_path):
+  assert restore(tmp_path / "none") is None
+
+
+def files_of(folder):
+  return sorted(
+    os.path.join(root, name) for root, _, names in os.walk(folder) for name in names
+  )
+
+
+@pytest.mark.parametrize("how", ["truncate", "delete", "flip"])
+def test_no_damage_to_any_file_goes_unnoticed(saved, tmp_path, how):
+  """Each file in turn: either the state is whole all the same, or the one before is taken."""
+  fallen_back = 0
+  for path in files_of(saved / "2"):
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(saved, copy)
+    target = copy / os.path.relpath(path, saved)
+    size = os.path.getsize(target)
+    if how == "truncate":
+      os.truncate(target, size // 2)
+    elif how == "delete":
+      os.remove(target)
+    else:
+      with open(target, "r+b") as f:
+        f.seek(size // 2)
+        byte = f.read(1)
+        f.seek(size // 2)
+        f.write(bytes([byte[0] ^ 0xFF]))
+    restored = restore(copy)
+    assert_is(restored, restored[0])
+    if restored[0] == 1:
+      fallen_back += 1
+      assert (copy / "2.damaged").is_dir() and not (copy / "2").exists()
+  assert fallen_back >= 2
+
+
+def test_all_damaged_is_an_error_that_keeps_them(saved):
+  for step in ("1", "2"):
+    for path in files_of(saved / step):
+      os.truncate(path, 0)
+  with pytest.raises(ValueError, match="none of the 2 checkpoints"):
+    restore(saved)
+  assert (saved / "1.damaged").is_dir() and (saved / "2.damaged").is_dir()
+
+
+def test_a_refusal_is_not_taken_for_damage(saved):
+  def refuse(meta):
+    raise ValueError("of another run")
+
+  with pytest.raises(ValueError, match="of another run"):
+    restore(saved, check=refuse)
+  assert (saved / "2").is_dir()
+
+
+def test_a_damaged_step_can_be_saved_again(saved):
+  for path in files_of(saved / "2"):
+    os.truncate(path, 0)
+  checkpoints = checkpoint.Checkpoints(saved, keep=3)
+  assert checkpoints.restore(shapes(make_state(0)), lambda meta: None)[0] == 1
+  checkpoints.save(2, make_state(2), {"name": "run"})
+  checkpoints.close()
+  assert_is(restore(saved), 2)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+  for step in range(1, 5):
+    checkpoints.save(step, make_state(step), {})
+  checkpoints.close()
+  assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["3", "4"]
+
+
+def test_a_leftover_of_a_killed_save_is_ignored(saved):
+  shutil.copytree(saved / "2", saved / "3.orbax-checkpoint-tmp-0")
+  assert_is(restore(saved), 2)
+
+
+def test_fingerprint_is_of_the_bits_not_of_the_layout():
+  state = make_state(1)
+  number = checkpoint.fingerprint(state)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  split = jax.device_put(
+    state, jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*(("data", "fsdp"),) * min(x.ndim, 1))), state)
+  )
+  assert checkpoint.fingerprint(split) == number
+  state["params"]["kernel"] = state["params"]["kernel"].at[3, 5].add(1e-6)
+  assert checkpoint.fingerprint(state) != number
+
+
+def test_reading_one_checkpoint(saved):
+  state = checkpoint.read(str(saved / "1"), shapes(make_state(0)), check=lambda meta: None)
+  jax.tree.map(np.testing.assert_array_equal, state, make_state(1))
+  with pytest.raises(ValueError, match="no checkpoint folder"):
+    checkpoint.read(str(saved / "7"), shapes(make_state(0)), check=lambda meta: None)

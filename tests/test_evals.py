@@ -1,0 +1,423 @@
+"""Figures are what plain loops say, chance is chance, and a collapsed model does not score."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import pytest
+import scipy.optimize
+from array_record.python.array_record_module import ArrayRecordWriter
+from ml_collections import ConfigDict
+
+from jepa_vl import evals, metrics, sharding
+from jepa_vl.data import embedded, tokenizer
+from jepa_vl.evals import common, probes, rank, retrieval
+
+WHERE = {"source": "emoji", "path": "", "splits": ("val",)}
+D = 12
+
+
+# --- ranks and chance
+
+
+@pytest.mark.parametrize(
+  ("scores", "relevant", "expected"),
+  [
+    ([3, 2, 1], [1, 0, 0], 0),
+    ([3, 2, 1], [0, 0, 1], 2),
+    ([3, 2, 1], [0, 1, 1], 1),  # the best of several right ones counts
+    ([2, 2, 1], [1, 0, 0], 1),  # a tie counts against
+    ([2, 2, 1], [1, 1, 0], 0),  # but not between right ones
+    ([0, 0, 0], [0, 1, 0], 2),
+    ([np.nan, 2, 1], [1, 0, 0], 2),  # a right NaN is last
+    ([3, np.nan, 1], [1, 0, 0], 1),  # a wrong NaN is first
+    ([np.nan] * 3, [1, 0, 0], 2),
+    ([np.nan, 2, 1], [1, 1, 0], 0),
+    ([-np.inf, -np.inf, -np.inf], [1, 0, 0], 2),
+  ],
+)
+def test_first_hit(scores, relevant, expected):
+  found = common.first_hit(np.array([scores], np.float32), np.array([relevant], bool))
+  assert found.tolist() == [expected]
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 8), (155, 310, 64), (33, 17, 130)])
+@pytest.mark.parametrize("side", ["img", "txt", "both"])
+def test_constant_embeddings_never_hit(shape, side):
+  """Also with roundings: equal rows must give equal scores to the last bit."""
+  N, C, width = shape
+  rng = np.random.default_rng(0)
+  draw = lambda n, constant: np.repeat(
+    rng.normal(size=(1 if constant else n, width)), n if constant else 1, axis=0
+  ).astype(np.float32)
+  images = {k: draw(N, side != "txt") for k in ("z_img", "p_img")}
+  texts = {k: draw(C, side != "img") for k in ("z_txt", "p_txt")}
+  relevant = np.arange(N)[:, None] % C == np.arange(C)
+  relevant |= np.arange(N)[:, None] == np.arange(C)[None] % N
+  for reading in common.READINGS:
+    scores = common.similarity(images, texts, reading)
+    if side != "img":  # captions alike: no image finds its own
+      assert common.recall_at(common.first_hit(scores, relevant), 1) == 0
+    if side != "txt":
+      assert common.recall_at(common.first_hit(scores.T, relevant.T), 1) == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 50])
+def test_random_recall_is_what_random_rankings_reach(k):
+  rng = np.random.default_rng(0)
+  relevant = np.zeros((4, 20), bool)
+  for q, right in enumerate((1, 2, 5, 20)):
+    relevant[q, rng.permutation(20)[:right]] = True
+  recalls = [
+    common.recall_at(common.first_hit(rng.random((4, 20)), relevant), k) for _ in range(4000)
+  ]
+  assert common.random_recall(relevant, k) == pytest.approx(np.mean(recalls), abs=0.015)
+
+
+def test_random_recall_of_one_right_answer_is_k_over_n():
+  assert common.random_recall(np.eye(8, dtype=bool), 3) == pytest.approx(3 / 8)
+  assert common.random_recall(np.eye(8, dtype=bool), 9) == 1.0
+
+
+def cosine(a, b):
+  return sum(x * y for x, y in zip(a, b, strict=True)) / (
+    sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5
+  )
+
+
+@pytest.mark.parametrize(
+  ("reading", "pairs"),
+  [
+    ("embed", ["z_img z_txt"]),
+    ("image_to_text", ["p_img z_txt"]),
+    ("text_to_image", ["z_img p_txt"]),
+    ("predictions", ["p_img p_txt"]),
+    ("avg", ["p_img z_txt", "z_img p_txt"]),
+  ],
+)
+def test_readings_are_mean_cosines(reading, pairs):
+  rng = np.random.default_rng(0)
+  images = {k: rng.normal(size=(4, D)) for k in ("z_img", "p_img")}
+  texts = {k: rng.normal(size=(3, D)) for k in ("z_txt", "p_txt")}
+  found = common.similarity(images, texts, reading)
+  for i in range(4):
+    for c in range(3):
+      values = [
+        cosine(images[a][i].tolist(), texts[b][c].tolist()) for a, b in map(str.split, pairs)
+      ]
+      assert found[i, c] == pytest.approx(sum(values) / len(values))
+
+
+def test_a_zero_embedding_is_similar_to_nothing():
+  x = np.zeros((2, D), np.float32)
+  assert (common.similarity({"z_img": x}, {"z_txt": x + 1}, "embed") == 0).all()
+
+
+# --- the real Encode around a made-up model
+
+
+def look(variables, batch):
+  """A stand-in for the model: fixed random projections of colours and of token counts."""
+  out = {}
+  if "image" in batch:
+    x = batch["image"].astype(jnp.float32) / 255
+    B, S = x.shape[:2]
+    patches = x.reshape(B, 2, S // 2, 2, S // 2, 3).mean(axis=(2, 4)).reshape(B, 4, 3)
+    out["cls"] = patches.reshape(B, 12).astype(jnp.bfloat16)
+    out["patches"] = patches.astype(jnp.bfloat16)
+    out["z_img"] = patches.reshape(B, 12) @ variables["image"]
+    out["p_img"] = jnp.tanh(out["z_img"])
+  if "text" in batch:
+    counts = jax.nn.one_hot(batch["text"] % 50, 50) * batch["mask"][..., None]
+    out["z_txt"] = counts.sum(axis=1) @ variables["text"]
+    out["p_txt"] = jnp.tanh(out["z_txt"])
+  return out
+
+
+@pytest.fixture(scope="module")
+def variables():
+  keys = jax.random.split(jax.random.key(0))
+  return {"image": jax.random.normal(keys[0], (12, D)), "text": jax.random.normal(keys[1], (50, D))}
+
+
+def make_encode(mesh, apply=look, batch_size=64):
+  tokenize = functools.partial(
+    tokenizer.tokenize, tokenizer.load("emoji"), length=12, readout="eot"
+  )
+  return common.Encode(
+    apply=jax.jit(apply), tokenize=tokenize, mesh=mesh, image_size=16, resize_ratio=1.0,
+    batch_size=batch_size,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encode():
+  return make_encode(sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("data", [1, 8])
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_features_do_not_depend_on_batches_or_devices(encode, variables, data, batch_size):
+  """Neither the padding of the last batch nor the mesh can be seen, and order is kept."""
+  mesh = sharding.make_mesh(data=data, fsdp=1, tensor=1, devices=jax.devices()[:data])
+  images = encode.split("emoji", "", "val").images[:27]
+  captions = encode.split("emoji", "", "val").captions[:11]
+  found = make_encode(mesh, batch_size=batch_size)
+  found = found.images(variables, images) | found.texts(variables, captions)
+  ids, mask, _ = encode.tokenize(captions)
+  direct = look(variables, {"image": images, "text": ids, "mask": mask})
+  assert set(found) == {"z_img", "p_img", "cls", "pooled", "z_txt", "p_txt"}
+  pooled = np.asarray(direct["patches"], np.float32).mean(axis=1)
+  for k, v in found.items():
+    assert isinstance(v, np.ndarray) and v.dtype == np.float32
+    np.testing.assert_allclose(v, pooled if k == "pooled" else direct[k], atol=1e-5, err_msg=k)
+
+
+def test_patches_lie_on_their_grid(encode, variables):
+  images = np.zeros((3, 16, 16, 3), np.uint8)
+  images[:, :8, 8:, 1] = 255  # top right is green
+  found = encode.patches(variables, images)
+  assert found.shape == (3, 2, 2, 3) and found.dtype == np.float32
+  assert (found[:, 0, 1] == [0, 1, 0]).all() and found.sum() == 3
+
+
+def test_features_follow_the_variables(mesh, variables):
+  """They are kept for one state and computed anew for the next."""
+  encode, other = make_encode(mesh), jax.tree.map(lambda x: 2 * x, variables)
+  first = encode.features(variables, "emoji", "", "val")
+  assert encode.features(variables, "emoji", "", "val") is first
+  second = encode.features(other, "emoji", "", "val")
+  np.testing.assert_allclose(second["z_img"], 2 * first["z_img"], rtol=1e-5)
+
+
+def test_split_has_one_caption_per_concept_and_both_styles_as_hits(encode):
+  data, records = encode.split("emoji", "", "val"), embedded.read_records("val")
+  assert data.images.shape == (len(records), 16, 16, 3) and data.left_out == []
+  concepts = list(dict.fromkeys(r["concept"] for r in records))
+  assert len(data.captions) == len(concepts) == data.relevant.shape[1]
+  for r, row in zip(records, data.relevant, strict=True):
+    c = concepts.index(r["concept"])
+    assert row[c] and data.captions[c] == embedded.caption_with_tags(r)
+  assert data.relevant.sum(axis=0).min() == 2
+  assert encode.split("emoji", "", "val") is data
+
+
+def test_equal_images_or_equal_captions_are_hits_for_each_other(encode, tmp_path):
+  image = {r["concept"]: r["image"] for r in embedded.read_records("val")}
+  a, b, c = list(image.values())[:3]
+  pairs = [(a, "one"), (a, "two"), (b, "three"), (c, "three"), (b"broken", "four")]
+  writer = ArrayRecordWriter(str(tmp_path / "x"), "group_size:1")
+  for data, caption in pairs:
+    writer.write(msgpack.packb({"image": data, "caption": caption}))
+  writer.close()
+  split = encode.split("array_record", str(tmp_path / "x"), "")
+  assert split.captions == ["one", "two", "three"] and split.left_out == [4]
+  assert split.relevant.astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]
+
+
+# --- probes
+
+
+def problem(rows=60, width=5, classes=3):
+  rng = np.random.default_rng(0)
+  y = rng.integers(classes, size=rows)
+  return (rng.normal(size=(rows, width)) + np.eye(classes, width)[y]).astype(np.float32), y
+
+
+def logistic_loss(w, x, y, l2):
+  """Plain float64 mean cross-entropy + l2/2 |W|^2 and its gradient; w (W + 1, classes)."""
+  logits = x @ w[:-1] + w[-1]
+  p = np.exp(logits - logits.max(axis=1, keepdims=True))
+  p /= p.sum(axis=1, keepdims=True)
+  loss = -np.mean(np.log(p[np.arange(len(y)), y])) + l2 / 2 * np.sum(w[:-1] ** 2)
+  error = (p - np.eye(w.shape[1])[y]) / len(y)
+  return loss, np.concatenate([x.T @ error + l2 * w[:-1], error.sum(axis=0, keepdims=True)])
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-1, 10.0])
+def test_fit_logistic_finds_the_optimum(l2):
+  x, y = problem()
+  w = probes.fit_logistic(x, y, 3, l2)
+  assert w.shape == (6, 3)
+  loss, grad = logistic_loss(w.astype(np.float64), x.astype(np.float64), y, l2)
+  flat = lambda v: logistic_loss(v.reshape(6, 3), x.astype(np.float64), y, l2)[0]
+  best = scipy.optimize.minimize(flat, np.zeros(18), tol=1e-10).fun
+  assert np.linalg.norm(grad) < 1e-3
+  assert loss == pytest.approx(best, abs=1e-5)
+  assert best < np.log(3) - 1e-3  # better than knowing nothing
+
+
+def test_fit_logistic_separates_what_is_separable():
+  y = np.arange(40) % 4
+  x = np.eye(4)[y].astype(np.float32) + np.random.default_rng(0).uniform(-0.2, 0.2, (40, 4))
+  w = probes.fit_logistic(x.astype(np.float32), y, 4, 1e-3)
+  assert (np.argmax(x @ w[:-1] + w[-1], axis=1) == y).all()
+
+
+def test_penalty_is_chosen_on_the_selection_split_alone():
+  """Train and test want a weak penalty; the selection split, of reversed labels, a strong one."""
+  x, y = problem(rows=80, classes=2)
+  splits = {"train": x, "select": x, "test": x}
+  labels = {"train": y, "select": 1 - y, "test": y}
+  chosen = {}
+  for name, select in (("same", "test"), ("reversed", "select")):
+    chosen[name] = probes._fit_and_score(splits, labels, "train", select, (1e-3, 1e4))
+  majority = max(np.bincount(y)) / len(y)
+  assert chosen["same"]["test"] > majority > chosen["same"]["select"]
+  assert chosen["reversed"]["test"] == pytest.approx(majority, abs=0.03)
+
+
+# --- effective rank
+
+
+def spectrum_rank(z):
+  s = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
+  p = s[s > 1e-9 * s[0]] / s.sum()
+  return np.exp(-np.sum(p * np.log(p)))
+
+
+def test_effective_rank_reads_the_dimensions_in_use(encode):
+  rng = np.random.default_rng(0)
+  z = {"isotropic": rng.normal(size=(400, 32))}
+  z["line"] = rng.normal(size=(400, 1)) @ rng.normal(size=(1, 32))
+  z["decaying"] = z["isotropic"] * 0.7 ** np.arange(32) + 5
+  z["few rows"] = z["isotropic"][:10]
+  found = {k: float(metrics.effective_rank(jnp.asarray(v, jnp.float32))) for k, v in z.items()}
+  assert found["isotropic"] > 31 and found["line"] < 1.1
+  assert found["few rows"] == pytest.approx(9, abs=0.7)
+  for k, v in z.items():
+    assert found[k] == pytest.approx(spectrum_rank(v), rel=0.05), k
+  constant = float(metrics.effective_rank(jnp.full((50, 32), 0.1)))
+  assert 1 <= constant < 1.1
+
+
+# --- end to end
+
+
+@pytest.fixture(scope="module")
+def all_evals():
+  labels = {"label": "group"}
+  return ConfigDict(
+    {
+      "retrieval": {**WHERE, "ranks": (1, 5)},
+      "zeroshot": {**WHERE, **labels, "classes": embedded.info()["groups"], "prompt": "a {}"},
+      "probe": {
+        **WHERE, **labels, "train_split": "val_style", "select_split": "val", "l2": (0.1, 1.0)
+      },
+      "rank": WHERE,
+    }
+  )
+
+
+@pytest.fixture(scope="module")
+def results(encode, variables, all_evals):
+  evals.check(all_evals)
+  return evals.run_all(encode, variables, encode.mesh, all_evals)
+
+
+def test_every_evaluation_gives_finite_floats(results, all_evals):
+  assert set(results) == set(evals.EVALS) == set(all_evals)
+  for name, figures in results.items():
+    assert figures
+    for key, value in figures.items():
+      assert type(value) is float and np.isfinite(value), (name, key)
+      assert 0 <= value <= (D if name == "rank" else 1), (name, key)
+
+
+def test_retrieval_is_what_a_loop_counts(encode, variables, results):
+  data = encode.split("emoji", "", "val")
+  features = encode.features(variables, "emoji", "", "val")
+  scores = common.similarity(features, features, "avg")
+  for way, s, relevant in (("i2t", scores, data.relevant), ("t2i", scores.T, data.relevant.T)):
+    for k in (1, 5):
+      hits = [relevant[q][np.argsort(-s[q])[:k]].any() for q in range(len(s))]
+      assert results["retrieval"][f"val/{way}/avg/R@{k}"] == pytest.approx(np.mean(hits))
+  assert results["retrieval"]["val/t2i/avg/R@1@random"] == pytest.approx(2 / 310, rel=0.05)
+  assert len(results["retrieval"]) == 2 * 2 * 2 * len(common.READINGS)
+
+
+def test_zero_shot_and_probe_figures_are_what_a_loop_counts(encode, variables, results):
+  data = encode.split("emoji", "", "val")
+  labels = np.array([r["group"] for r in data.records])
+  texts = encode.texts(variables, [f"a {name}" for name in embedded.info()["groups"]])
+  scores = common.similarity(encode.features(variables, "emoji", "", "val"), texts, "embed")
+  figures = results["zeroshot"]
+  assert figures["val/embed/top1"] == pytest.approx(np.mean(scores.argmax(axis=1) == labels))
+  assert figures["val/embed/top1@random"] == 1 / 8
+  majority = np.bincount(labels).max() / len(labels)
+  assert figures["val/embed/top1@majority"] == pytest.approx(majority)
+  for feature in probes.FEATURES:
+    assert results["probe"][f"val/{feature}/group@majority"] == pytest.approx(majority)
+    assert results["probe"][f"val/{feature}/group"] > majority  # colours tell groups apart
+  pixels = {results["probe"][f"val/{f}/group@raw_pixels"] for f in probes.FEATURES}
+  assert len(pixels) == 1
+
+
+def test_perfect_embeddings_score_one_and_collapsed_ones_nothing(mesh):
+  """Text and image of a pair are looked up to be equal, then made the same for all pairs."""
+  data = make_encode(mesh).split("emoji", "", "val")
+  codes = np.eye(len(data.captions), dtype=np.float32)
+  images, texts = data.relevant / data.relevant.sum(axis=1, keepdims=True), codes
+  for constant, expected in ((False, 1.0), (True, 0.0)):
+    encode = make_encode(mesh)
+    give = lambda x, constant=constant: (x * 0 + 1 if constant else x).astype(np.float32)
+    encode.features = lambda *_, give=give: {
+      **dict.fromkeys(("z_img", "p_img"), give(images)),
+      **dict.fromkeys(("z_txt", "p_txt"), give(texts)),
+    }
+    figures = retrieval.run(encode, None, mesh, **WHERE, ranks=(1,))
+    values = {v for k, v in figures.items() if not k.endswith("@random")}
+    assert values == {expected}
+    ranks = rank.run(encode, None, mesh, **WHERE)
+    assert all(v > 100 if not constant else v == 1 for v in ranks.values())
+
+
+def test_table_pairs_figures_with_their_floors(results):
+  untrained = jax.tree.map(lambda v: v / 2, results)
+  rows = evals.table(results, untrained)
+  floors = tuple(f"@{name}" for name in evals.FLOORS)
+  assert len(rows) == sum(not k.endswith(floors) for r in results.values() for k in r)
+  for row in rows:
+    key = f"{row['split']}/{row['metric']}"
+    figures = results[row["evaluation"]]
+    assert row["split"] == "val" and row["value"] == figures[key]
+    assert row["untrained"] == pytest.approx(row["value"] / 2)
+    for floor in evals.FLOORS:
+      assert row[floor] == figures.get(f"{key}@{floor}")
+  kinds = {
+    (row["evaluation"], *(floor for floor in evals.FLOORS if row[floor] is not None))
+    for row in rows
+  }
+  assert kinds == {
+    ("retrieval", "random"),
+    ("zeroshot", "random", "majority"),
+    ("probe", "majority", "raw_pixels"),
+    ("rank",),
+  }
+
+
+def test_format_table_prints_headline_rows():
+  row = dict.fromkeys(("untrained", *evals.FLOORS))
+  named = lambda evaluation, metric, value: {
+    **row, "evaluation": evaluation, "split": "C", "metric": metric, "value": value
+  }  # fmt: skip
+  text = evals.format_table([
+    named("retrieval", "i2t/avg/R@1", 0.25) | {"random": 0.125},
+    named("retrieval", "i2t/embed/R@1", 0.75),
+    named("zeroshot", "avg/top1", 0.5),
+    named("rank", "img", 17.0),
+  ])
+  header, *lines = text.strip().splitlines()
+  assert header.split() == ["value", "untrained", "random", "majority", "raw", "pixels"]
+  assert [line.split() for line in lines] == [
+    ["retrieval", "C", "i2t/avg/R@1", "0.250", "-", "0.125", "-", "-"],
+    ["zeroshot", "C", "avg/top1", "0.500", "-", "-", "-", "-"],
+    ["rank", "C", "img", "17.000", "-", "-", "-", "-"],
+  ]
+
+
+def test_an_unknown_evaluation_is_refused():
+  with pytest.raises(ValueError, match="evals.retreival: no such evaluation; known are retrieval,"):
+    evals.check({"rank": {}, "retreival": {}})

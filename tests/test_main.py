@@ -1,0 +1,179 @@
+"""What a user meets on the command line: errors in words, exit codes, stopping and going on."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jepa_vl import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Seconds instead of minutes: the smallest model that still has every part.
+SMALL = [
+  "--config=configs/tiny.py", "--config.model.image_size=16", "--config.model.patch_size=8",
+  "--config.model.embed_dim=16", "--config.model.hidden_dim=32", "--config.text.length=12",
+  "--config.batch_size=16", "--config.objective.num_slices=64", "--config.optim.warmup=5",
+]  # fmt: skip
+
+
+def start(*flags, small=True):
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  return subprocess.Popen(
+    [sys.executable, "-m", "jepa_vl.main", *(SMALL if small else []), *flags],
+    cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+
+
+def run(*flags, small=True):
+  """(exit code, everything printed)."""
+  process = start(*flags, small=small)
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def losses(workdir):
+  return {r["step"]: (r["loss"], r["grad_norm"]) for r in metrics.read_jsonl(workdir / "metrics.jsonl")}
+
+
+NO_EVALS = ["--config.evals={}"]
+
+
+@pytest.mark.parametrize("flags, code, words", [
+  (["--config.model.sise=base"], 2, ["sise", "size"]),
+  (["--config.steps=many"], 2, ["steps", "many"]),
+  (["--mode=fly"], 2, ["mode", "train"]),
+  (["--config=configs/none.py"], 2, ["configs/none.py"]),
+  (["--config.batch_size=30", "--config.accumulate=4"], 1, ["batch_size=30", "accumulate=4"]),
+  (["--config.objective.group_size=6"], 1, ["objective.group_size=6", "16 rows"]),
+  (["--config.model.patch_size=7"], 1, ["model.patch_size=7", "model.image_size=16", "14"]),
+  (["--config.model.size=huge"], 1, ["model.size", "huge", "base"]),
+  (["--config.mesh.data=3"], 1, ["mesh.data=3", "1 devices"]),
+  (["--config.data.source=array_record"], 1, ["data.path", "configs/tiny.py"]),
+  (["--config.data.source=array_record", "--config.data.path=/none/*.array_record"], 1,
+   ["/none/*.array_record", "matches no file"]),
+  (["--config.data.source=tar"], 1, ["data.source", "emoji"]),
+  (["--config.text.tokenizer=/none.model"], 1, ["text.tokenizer", "/none.model"]),
+  (["--config.text.readout=mean"], 1, ["text.readout", "eot", "last"]),
+  (["--config.optim.schedule=step"], 1, ["optim.schedule", "cosine", "wsd"]),
+  (["--config.objective.name=magic"], 1, ["objective.name", "levljepa"]),
+])  # fmt: skip
+def test_bad_input_is_named_without_a_traceback(tmp_path, flags, code, words):
+  status, output = run(f"--workdir={tmp_path / 'run'}", *flags)
+  assert status == code, output
+  assert all(word in output for word in words), output
+  assert "Traceback" not in output
+
+
+def test_debug_shows_the_traceback(tmp_path):
+  status, output = run(f"--workdir={tmp_path}", "--config.model.patch_size=7", "--debug")
+  assert status == 1 and "Traceback" in output
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  status, output = run(f"--workdir={tmp_path / 'file' / 'run'}")
+  assert status == 1 and "--workdir" in output and "Traceback" not in output
+
+
+def test_a_missing_workdir_is_wrong_usage():
+  status, output = run()
+  assert status == 2 and "--workdir" in output
+
+
+def test_the_canonical_config_without_data_says_what_to_do(tmp_path):
+  status, output = run("--config=configs/vit_b.py", f"--workdir={tmp_path}", small=False)
+  assert status == 1 and "Traceback" not in output
+  assert "data.path" in output and "README" in output and "configs/tiny.py" in output
+
+
+def test_killed_and_resumed_equals_straight(tmp_path):
+  """40 steps = 20 steps, kill -9, the rest: every loss and gradient norm to the last bit."""
+  flags = [*NO_EVALS, "--config.steps=40", "--config.log_every=1", "--config.checkpoint_every=10"]
+  status, output = run(f"--workdir={tmp_path / 'straight'}", *flags)
+  assert status == 0, output
+
+  workdir = tmp_path / "killed"
+  process = start(f"--workdir={workdir}", *flags)
+  deadline = time.time() + 200
+  while not (workdir / "checkpoints" / "20").exists():
+    assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  status, output = run(f"--workdir={workdir}", *flags)
+  assert status == 0, output
+  assert "resuming from" in output
+  straight = losses(tmp_path / "straight")
+  assert sorted(straight) == list(range(1, 41))
+  assert losses(workdir) == straight
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
+  flags = [f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=100000", "--config.log_every=1"]
+  process = start(*flags)
+  deadline = time.time() + 200
+  while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 3:
+    assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=100)
+  assert process.returncode == 75, output
+  saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+  assert saved and "SIGTERM" in output and str(max(saved)) in output
+  status, output = run(*flags[:2], f"--config.steps={max(saved) + 1}", "--config.log_every=1")
+  assert status == 0 and f"checkpoints/{max(saved)}" in output, output
+  assert max(losses(tmp_path)) == max(saved) + 1
+
+
+def test_another_architecture_or_data_set_is_refused(tmp_path):
+  assert run(f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=1")[0] == 0
+  status, output = run(
+    f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=2", "--config.model.embed_dim=8",
+    "--config.data.split=val",
+  )  # fmt: skip
+  assert status == 1 and "Traceback" not in output
+  assert "model.embed_dim: 16 there, 8 here" in output and "data identity" in output
+  assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_path):
+  flags = [*NO_EVALS, "--config.checkpoint_every=5", "--config.steps=40"]
+  assert run(f"--workdir={tmp_path}", *flags, "--config.steps=5")[0] == 0
+  status, output = run(
+    f"--workdir={tmp_path}", *flags, "--config.optim.lr=1e30", "--config.optim.clip=0.0",
+  )  # fmt: skip
+  assert status == 1 and "Traceback" not in output, output
+  assert "not finite" in output and "checkpoints/5" in output and "optim.lr" in output
+  saved = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  assert saved == {"5"}
+
+
+def test_the_whole_run_leaves_results_and_report(tmp_path):
+  """Train, evaluate, table, files; then --mode=eval on the checkpoint gives the same figures."""
+  splits = [f"--config.evals.{name}.splits=('val',)" for name in ("retrieval", "zeroshot", "probe")]
+  flags = [*splits, "--config.evals.rank.splits=('val',)", "--config.evals.probe.l2=(0.1,)"]
+  flags += ["--config.steps=4", "--config.eval_every=2", "--config.log_every=2"]
+  status, output = run(f"--workdir={tmp_path}", *flags)
+  assert status == 0, output
+  rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+  assert {r["evaluation"] for r in rows} == {"retrieval", "zeroshot", "probe", "rank"}
+  assert "untrained" in output and "retrieval val i2t/avg/R@10" in output
+  assert "<html" in (tmp_path / "report.html").read_text()
+  assert {r["step"] for r in metrics.read_jsonl(tmp_path / "evals.jsonl")} == {2, 4}
+  assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
+  assert any((tmp_path / "tensorboard").iterdir())
+  logged = metrics.read_jsonl(tmp_path / "metrics.jsonl")[-1]
+  for key in ("loss", "examples_per_s", "mfu", "data_wait", "lr", "rank/img", "cos/matched"):
+    assert key in logged
+
+  status, again = run("--mode=eval", f"--checkpoint={tmp_path / 'checkpoints' / '4'}", *flags)
+  assert status == 0, again
+  table = lambda text: [x for x in text.splitlines() if x.startswith(("retrieval", "probe", "rank"))]
+  assert table(again) == table(output) and table(again)
