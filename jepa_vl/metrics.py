@@ -182,7 +182,7 @@ class Writer:
     import tensorboardX  # late: it is slow to import and only one process needs it
 
     for name in ("metrics.jsonl", "evals.jsonl"):
-      _truncate(os.path.join(workdir, name), resumed_step)
+      _rewrite(os.path.join(workdir, name), lambda r: r["step"] <= resumed_step)
     self._tensorboard = tensorboardX.SummaryWriter(
       os.path.join(workdir, "tensorboard"), purge_step=resumed_step + 1, flush_secs=30
     )
@@ -196,8 +196,10 @@ class Writer:
       self._scalars(step, values)
 
   def evaluation(self, step, name, values):
-    """One evaluation's scalars."""
+    """One evaluation's scalars; a repeated evaluation takes the place of the first."""
     if self._on:
+      path = os.path.join(self._workdir, "evals.jsonl")
+      _rewrite(path, lambda r: (r["step"], r["name"]) != (step, name))
       self._append("evals.jsonl", {"step": step, "name": name, "metrics": values})
       self._scalars(step, {f"{name}/{k}": v for k, v in values.items()})
 
@@ -231,9 +233,9 @@ def read_jsonl(path):
   return records
 
 
-def _truncate(path, last_step):
+def _rewrite(path, keep):
   if os.path.exists(path):
-    kept = [r for r in read_jsonl(path) if r["step"] <= last_step]
+    kept = [r for r in read_jsonl(path) if keep(r)]
     with open(path + ".tmp", "w") as f:
       f.writelines(json.dumps(r) + "\n" for r in kept)
     os.replace(path + ".tmp", path)

@@ -135,10 +135,16 @@ def train(config, workdir):
   if restored:
     start, state = restored
     log.info("resuming from %s", checkpoints.path(start))
+    if start > config.steps:
+      raise ValueError(
+        f"{checkpoints.path(start)} is past steps={config.steps}; raise the key, or use another "
+        "--workdir"
+      )
   else:
     start, state = 0, state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
-  with open(os.path.join(workdir, "config.json"), "w") as f:
-    f.write(config.to_json_best_effort(indent=2) + "\n")
+  if jax.process_index() == 0:
+    with open(os.path.join(workdir, "config.json"), "w") as f:
+      f.write(config.to_json_best_effort(indent=2) + "\n")
   describe(run, start)
 
   writer = metrics.Writer(workdir, resumed_step=start, wandb=config.wandb)
@@ -168,7 +174,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       last = step == config.steps
       pause = time.perf_counter()
       if due(config.eval_every, step) and not last:
-        evaluate(run, encode, state, step, writer)
+        evaluate(run, encode, state.variables, step, writer)
       if stop.requested or last or due(config.checkpoint_every, step):
         steps.flush(progress)  # a non-finite state must stop here, not be saved
         checkpoints.save(step, state, run.meta)
@@ -398,9 +404,9 @@ def make_encode(run):
   )
 
 
-def evaluate(run, encode, state, step, writer):
-  """Runs the configured evaluations on `state` and writes them -> {name: metrics}."""
-  results = evals.run_all(encode, state.variables, run.mesh, run.config.evals)
+def evaluate(run, encode, variables, step, writer):
+  """Runs the configured evaluations and writes them -> {name: metrics}."""
+  results = evals.run_all(encode, variables, run.mesh, run.config.evals)
   for name, values in results.items():
     writer.evaluation(step, name, values)
   return results
@@ -411,12 +417,13 @@ def finish(run, encode, state, step, writer, workdir):
   if not run.config.evals:
     log.info("done at step %d; no evaluations are configured", step)
     return
-  trained = evaluate(run, encode, state, step, writer)
-  pictures = evals.pictures(encode, state.variables, run.config.evals)
-  untrained = state_lib.init_state(run.model, run.tx, run.mesh, run.config.seed)
-  table = evals.table(
-    trained, evals.run_all(encode, untrained.variables, run.mesh, run.config.evals)
-  )
+  variables = state.variables
+  trained = evaluate(run, encode, variables, step, writer)
+  pictures = evals.pictures(encode, variables, run.config.evals)
+  untrained = state_lib.init_state(run.model, run.tx, run.mesh, run.config.seed).variables
+  table = evals.table(trained, evals.run_all(encode, untrained, run.mesh, run.config.evals))
+  if jax.process_index():
+    return
   with open(os.path.join(workdir, "results.json"), "w") as f:
     json.dump({"step": step, "seed": run.config.seed, "rows": table}, f, indent=1)
   path = report.write(workdir, config=run.meta["config"], results=table, **pictures)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jepa_vl import checkpoint, sharding
 
@@ -136,9 +138,8 @@ def test_fingerprint_is_of_the_bits_not_of_the_layout():
   state = make_state(1)
   number = checkpoint.fingerprint(state)
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  split = jax.device_put(
-    state, jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*(("data", "fsdp"),) * min(x.ndim, 1))), state)
-  )
+  rows = lambda x: NamedSharding(mesh, P(sharding.BATCH) if x.ndim else P())
+  split = jax.device_put(state, jax.tree.map(rows, state))
   assert checkpoint.fingerprint(split) == number
   state["params"]["kernel"] = state["params"]["kernel"].at[3, 5].add(1e-6)
   assert checkpoint.fingerprint(state) != number

@@ -115,7 +115,7 @@ def test_parameters_are_split_as_the_table_says(config):
 
 
 def test_accumulation_is_the_mean_over_micro_batches(config):
-  """Two micro-batches of every second row: mean terms and gradients, BatchNorm and SIGReg in each."""
+  """Two micro-batches of every second row, each with its own BatchNorm and SIGReg: the mean."""
   config.optim.clip = 0.0
   config.accumulate = 2
   _, state, metrics = first_step(config, ALONE)
