@@ -81,5 +81,6 @@ def make_optimizer(cfg, steps):
   """
   if cfg.name not in OPTIMIZERS:
     raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {cfg.name!r}")
-  tx = OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps))
-  return optax.chain(optax.clip_by_global_norm(cfg.clip), tx) if cfg.clip else tx
+  # One structure with and without clipping, so that a checkpoint opens under either.
+  clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
+  return optax.chain(clip, OPTIMIZERS[cfg.name](cfg, make_schedule(cfg, steps)))

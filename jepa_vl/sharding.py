@@ -92,6 +92,12 @@ def undivided(tree, mesh):
   return names
 
 
+def describe_arrays(tree):
+  """{path: "float32 (12, 768, 3072)"} of a tree of arrays or shapes."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_name(path): f"{x.dtype} {tuple(x.shape)}" for path, x in leaves}
+
+
 def put_batch(batch, mesh):
   """This process's rows (host arrays) -> global arrays, rows split over data and fsdp."""
   sharding = NamedSharding(mesh, P(BATCH))

@@ -68,6 +68,7 @@ class Run:
       "tokenizer": base64.b64encode(self.tokenizer.model).decode(),
       "tokenizer_identity": self.tokenizer.identity,
       "data_identity": self.source.identity,
+      "arrays": sharding.describe_arrays(self.abstract_state),
     }
 
 
@@ -349,6 +350,7 @@ def check_resume(meta, run):
   for what in ("data_identity", "tokenizer_identity"):
     if meta[what] != run.meta[what]:
       refused.append(f"{what.replace('_', ' ')}: {meta[what]} there, {run.meta[what]} here")
+  refused += _different_arrays(meta["arrays"], run.meta["arrays"]) if not refused else []
   if refused:
     raise ValueError(
       "the checkpoint in this workdir is of another run:\n  " + "\n  ".join(refused) + "\n"
@@ -358,6 +360,12 @@ def check_resume(meta, run):
     log.info("config changed since the checkpoint: %s: %s -> %s", key, before, now)
   for key in {"batch_size", "seed"} & set(changed):
     log.warning("%s has changed: from here on the sample order is another", key)
+
+
+def _different_arrays(there, here):
+  # What the keys above do not explain, such as another version of an optimizer.
+  names = [k for k in there | here if there.get(k) != here.get(k)]
+  return [f"array {k}: {there.get(k)} there, {here.get(k)} here" for k in names[:10]]
 
 
 def describe(run, start):
