@@ -1,0 +1,67 @@
+"""Time and memory of SIGReg, value and gradient, against the naive form, in one run.
+
+python benchmarks/sigreg.py [--rows 256 1024 4096] [--dim 256] [--slices 4096]
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jepa_vl.objectives.sigreg import sigreg
+
+KNOTS, T_MAX, SCALE_ROWS = 17, 3.0, 256
+
+
+def naive(rng, z, num_slices):
+  """The formula as written: a (B, M, T) array and automatic differentiation."""
+  A = jax.random.normal(rng, (z.shape[1], num_slices))
+  A = A / jnp.linalg.norm(A, axis=0)
+  t = jnp.linspace(0, T_MAX, KNOTS)
+  phi = jnp.exp(-(t**2) / 2)
+  w = jnp.full(KNOTS, 2 * t[1]).at[jnp.array([0, -1])].set(t[1])
+  xt = (z @ A)[..., None] * t
+  distance = (jnp.cos(xt).mean(0) - phi) ** 2 + jnp.sin(xt).mean(0) ** 2
+  return SCALE_ROWS * jnp.mean(distance @ (w * phi))
+
+
+def streamed(rng, z, num_slices):
+  return sigreg(
+    rng, z, num_slices=num_slices, knots=KNOTS, t_max=T_MAX, group_size=0, scale_rows=SCALE_ROWS
+  )
+
+
+def compile_(f, num_slices, rng, z):
+  return jax.jit(jax.value_and_grad(lambda r, z: f(r, z, num_slices), 1)).lower(rng, z).compile()
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096])
+  parser.add_argument("--dim", type=int, default=256)
+  parser.add_argument("--slices", type=int, default=4096)
+  parser.add_argument("--repeats", type=int, default=5)
+  args = parser.parse_args()
+  print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; D={args.dim}, M={args.slices}")
+  print(f"{'B':>6s} {'naive':>18s} {'streamed':>18s} {'ratio':>7s}   (median s, temporary MiB)")
+  rng = jax.random.key(0)
+  for rows in args.rows:
+    z = jax.random.normal(jax.random.key(1), (rows, args.dim))
+    programs = {f: compile_(f, args.slices, rng, z) for f in (naive, streamed)}
+    times = {f: [] for f in programs}
+    for repeat in range(args.repeats + 1):  # in turn, so that both meet the same machine
+      for f, program in programs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(program(rng, z))
+        if repeat:
+          times[f].append(time.perf_counter() - start)
+    seconds = {f: statistics.median(t) for f, t in times.items()}
+    memory = {f: p.memory_analysis().temp_size_in_bytes / 2**20 for f, p in programs.items()}
+    cells = " ".join(f"{seconds[f]:9.3f} {memory[f]:8.0f}" for f in programs)
+    print(f"{rows:6d} {cells} {seconds[naive] / seconds[streamed]:7.1f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
