@@ -1,6 +1,6 @@
 """Entry point: flags, errors in words, and which mode. Everything else is elsewhere.
 
-python -m jepa_vl.main --config=configs/tiny.py --workdir=DIR [--config.a.b=value] [--mode=train]
+python -m jepa_vl.main --config=configs/tiny.py [--workdir=DIR] [--config.a.b=value] [--mode=train]
 """
 
 import logging
@@ -12,7 +12,9 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and results.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for checkpoints, logs and results; runs/CONFIG if not given."
+)
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "WORKDIR/checkpoints/STEP, for --mode=eval.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -21,8 +23,8 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 def main(argv):
   if len(argv) > 1:
     sys.exit(_wrong_usage(f"unexpected argument {argv[1]!r}; flags are --name=value"))
-  if _CONFIG.value is None or (_WORKDIR.value is None and _MODE.value == "train"):
-    sys.exit(_wrong_usage("--config=FILE and --workdir=DIR are needed"))
+  if _CONFIG.value is None:
+    sys.exit(_wrong_usage("--config=FILE is needed, for example --config=configs/tiny.py"))
   if _MODE.value == "eval" and _CHECKPOINT.value is None:
     sys.exit(_wrong_usage("--mode=eval needs --checkpoint=WORKDIR/checkpoints/STEP"))
   _start_logging()
@@ -30,13 +32,18 @@ def main(argv):
     from jepa_vl import train  # late: a usage error should not wait for JAX
 
     if _MODE.value == "train":
-      sys.exit(train.train(_CONFIG.value, _WORKDIR.value))
+      sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
   except (ValueError, OSError, FloatingPointError) as e:
     if _DEBUG.value:
       raise
     print(f"error: {e}", file=sys.stderr)
     sys.exit(1)
+
+
+def _default_workdir():
+  name = config_flags.get_config_filename(flags.FLAGS["config"])
+  return os.path.join("runs", os.path.splitext(os.path.basename(name))[0])
 
 
 def _start_logging():

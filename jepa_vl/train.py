@@ -127,8 +127,8 @@ def compute_dtype(cfg):
 
 def train(config, workdir):
   """Trains, or goes on with what the workdir holds. Returns the process's exit code."""
-  workdir = prepare_workdir(workdir)
   run = build(config)
+  workdir = prepare_workdir(workdir)
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints
   )

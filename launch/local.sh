@@ -2,13 +2,11 @@
 # From nothing to a trained, evaluated encoder on this machine:
 #   launch/local.sh                       trains configs/tiny.py on the embedded dataset
 #   launch/local.sh --config=... [...]    the same set-up, then any other run
-# Environment: PYTHON (default python3), VENV (default .venv), WORKDIR (default runs/tiny).
+# Environment: PYTHON (default python3), VENV (default .venv), ACCELERATOR (cpu, cuda or tpu).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/setup.sh
-WORKDIR="${WORKDIR:-runs/tiny}"
-case " $* " in *" --workdir"*) ;; *) set -- --workdir="$WORKDIR" "$@" ;; esac
 case " $* " in *" --config="*) ;; *) set -- --config=configs/tiny.py "$@" ;; esac
 echo "python -m jepa_vl.main $*"
 exec "$VENV/bin/python" -m jepa_vl.main "$@"

@@ -83,9 +83,9 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
   assert status == 1 and "--workdir" in output and "Traceback" not in output
 
 
-def test_a_missing_workdir_is_wrong_usage():
-  status, output = run()
-  assert status == 2 and "--workdir" in output
+def test_a_missing_config_is_wrong_usage():
+  status, output = run(small=False)
+  assert status == 2 and "--config" in output
 
 
 def test_the_canonical_config_without_data_says_what_to_do(tmp_path):

@@ -93,8 +93,8 @@ def open_source(name, path, split):
   if name != "emoji" and not path:
     raise ValueError(
       f"data.path is empty, and data.source={name!r} needs one. Give the pattern of your training "
-      "records, --config.data.path='/data/pairs/train-*.array_record' (README, \"Your own data\", "
-      "shows how to write them), or try the program on the embedded dataset: "
-      "--config=configs/tiny.py"
+      "records, --config.data.path='/data/pairs/train-*.array_record', and a tokenizer, "
+      "--config.text.tokenizer=captions.model (README, \"Your own data\", shows how to make both); "
+      "or try the program on the embedded dataset: --config=configs/tiny.py"
     )
   return SOURCES[name](path, split)
