@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from jepa_vl.data import transforms
+
 DIRECTORY = Path(__file__).resolve().parent / "emoji"
 
 IMAGE_SIZE = 64
@@ -182,8 +184,6 @@ def own_tags(label: str, tags: Iterable[str]) -> list[str]:
 
 def caption_with_tags(record: dict) -> str:
   """A record's label followed by its tags, separated by commas."""
-  from jepa_vl.data import transforms  # late: it imports sources, which imports this module
-
   return transforms.full_caption(record)
 
 
@@ -198,8 +198,6 @@ def read_records(split: str) -> list[dict]:
 
 def decode_image(data: bytes):
   """Decodes a record's image to uint8 RGB of shape [64, 64, 3]."""
-  from jepa_vl.data import transforms  # late: see caption_with_tags
-
   return transforms.decode(data)
 
 

@@ -10,8 +10,8 @@ import grain
 import numpy as np
 
 from jepa_vl.data import transforms
-from jepa_vl.data.sources import DamagedRecord
 from jepa_vl.data.tokenizer import tokenize
+from jepa_vl.data.transforms import DamagedRecord
 
 MODEL_KEYS = ("image", "text", "mask")  # the rest of a batch stays on the host
 

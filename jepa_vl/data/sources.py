@@ -11,10 +11,7 @@ import os
 import msgpack
 
 from jepa_vl.data import embedded
-
-
-class DamagedRecord(Exception):
-  """One record that cannot be used; the message says which and why."""
+from jepa_vl.data.transforms import DamagedRecord
 
 
 class ArrayRecord:

@@ -3,9 +3,11 @@
 import cv2
 import numpy as np
 
-from jepa_vl.data.sources import DamagedRecord
-
 cv2.setNumThreads(0)  # parallelism is the pipeline's: threads here would fight its workers
+
+
+class DamagedRecord(Exception):
+  """One record that cannot be used; the message says which and why."""
 
 
 def decode(data):

@@ -1,6 +1,7 @@
 """What evaluations share: encoding a split, readings of similarity, ranks, and chance levels."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jepa_vl import sharding
 from jepa_vl.data import pipeline, sources, transforms
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -60,7 +63,7 @@ class Encode:
   def split(self, source, path, split):
     """The decoded split, read once."""
     key = (source, path, split)
-    return self.once(key, lambda: _read_split(self, sources.open_source(*key)))
+    return self.once(key, lambda: _read_split(self, sources.open_source(*key), split))
 
   def features(self, variables, source, path, split):
     """z_img, p_img, cls, pooled of the split's images (N, .) and z_txt, p_txt of its captions."""
@@ -120,7 +123,7 @@ def _pad(x, rows):
   return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)]) if len(x) < rows else x
 
 
-def _read_split(encode, source):
+def _read_split(encode, source, name):
   records, images, left_out = pipeline.evaluation_rows(
     source, image_size=encode.image_size, resize_ratio=encode.resize_ratio
   )
@@ -137,7 +140,14 @@ def _read_split(encode, source):
     same.setdefault(image.tobytes(), []).append(i)
   for members in same.values():
     relevant[np.ix_(members, [columns[names[i]] for i in members])] = True
-  return Split(records, images, list(concepts.values()), relevant, left_out)
+  captions = list(concepts.values())
+  log.info(
+    "evaluation split %s: %d images, %d captions (%d longer than text.length and cut), %d "
+    "records left out as unreadable%s",
+    name, len(images), len(captions), encode.tokenize(captions)[2].sum(), len(left_out),
+    f": {left_out[:10]}" if left_out else "",
+  )  # fmt: skip
+  return Split(records, images, captions, relevant, left_out)
 
 
 # reading -> pairs of (image side, text side) whose cosines are averaged
