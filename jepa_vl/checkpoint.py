@@ -1,5 +1,6 @@
 """Checkpoints by orbax: asynchronous, atomic, with what is needed to open them kept inside."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -33,12 +34,17 @@ class Checkpoints:
     return os.path.join(self._directory, str(step))
 
   def save(self, step, state, meta):
-    """Starts saving `state` as of `step`; waits only for the save before. A step is saved once."""
+    """Starts saving `state` as of `step`; waits only for the save before. A step is saved once.
+
+    Raises:
+      OSError: this save or the one before failed, for example for want of space.
+    """
     if step == self.latest:
       return
     meta = {**meta, "fingerprint": fingerprint(state)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    self._manager.save(step, args=items)
+    with self._failure_in_words():
+      self._manager.save(step, args=items)
 
   def restore(self, abstract_state, check):
     """The newest whole checkpoint as (step, state), or None if there is none.
@@ -81,8 +87,21 @@ class Checkpoints:
     self._manager.reload()
 
   def wait(self):
-    """Returns when the save in flight, if any, is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when the save in flight, if any, is on disk. Raises OSError if it failed."""
+    with self._failure_in_words():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _failure_in_words(self):
+    try:
+      yield
+    except Exception as e:  # tensorstore's and orbax's own
+      whole = sorted(int(name) for name in os.listdir(self._directory) if name.isdigit())
+      good = f"The last good one is {self.path(whole[-1])}" if whole else "There is none yet"
+      raise OSError(
+        f"a checkpoint could not be saved in {self._directory} ({_first_line(e)}). {good}. Make "
+        "room or lower keep_checkpoints, and start again to go on from it"
+      ) from e
 
   def close(self):
     self.wait()
@@ -134,4 +153,4 @@ def _restore_state(manager, step, abstract_state, meta):
 
 
 def _first_line(error):
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

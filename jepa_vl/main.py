@@ -34,11 +34,22 @@ def main(argv):
     if _MODE.value == "train":
       sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
-  except (ValueError, OSError, FloatingPointError) as e:
+  except Exception as e:
     if _DEBUG.value:
       raise
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {_in_words(e)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _in_words(error):
+  if isinstance(error, (ValueError, OSError, FloatingPointError)):
+    return str(error)
+  if "RESOURCE_EXHAUSTED" in str(error):
+    return (
+      f"out of memory: {str(error).splitlines()[0]}\nLower batch_size or raise accumulate, set "
+      "model.remat=dots or full, or split the parameters with mesh.fsdp"
+    )
+  return f"{type(error).__name__}: {error}\nThis is unforeseen; --debug shows where it happened"
 
 
 def _default_workdir():
@@ -47,8 +58,10 @@ def _default_workdir():
 
 
 def _start_logging():
-  # Ours from INFO on, without the libraries' running commentary.
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  # Ours from INFO on, without the libraries' running commentary; what fails there is said by us.
+  absl_logging.set_verbosity(absl_logging.WARNING if _DEBUG.value else absl_logging.FATAL)
+  if not _DEBUG.value:
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
   handler = logging.StreamHandler()
   handler.setFormatter(_Format())
   logger = logging.getLogger("jepa_vl")

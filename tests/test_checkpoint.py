@@ -1,6 +1,7 @@
 """Checkpoints: damage is noticed and stepped over, and nothing that was whole is lost."""
 
 import os
+import resource
 import shutil
 
 import jax
@@ -131,6 +132,20 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_a_leftover_of_a_killed_save_is_ignored(saved):
   shutil.copytree(saved / "2", saved / "3.orbax-checkpoint-tmp-0")
+  assert_is(restore(saved), 2)
+
+
+def test_a_save_that_fails_leaves_the_one_before(saved):
+  """The operating system refuses to write (here by a limit, as a full disk would)."""
+  checkpoints = checkpoint.Checkpoints(saved, keep=3)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+  try:
+    with pytest.raises(OSError, match="could not be saved.*last good one is .*/2.*Make room"):
+      checkpoints.save(3, make_state(3), {"name": "run"})
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert_is(restore(saved), 2)
 
 

@@ -116,18 +116,19 @@ def test_killed_and_resumed_equals_straight(tmp_path):
   assert losses(workdir) == straight
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stop_signal_saves_and_asks_to_be_started_again(tmp_path, name):
   flags = [f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=100000", "--config.log_every=1"]
   process = start(*flags)
   deadline = time.time() + 200
   while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 3:
     assert process.poll() is None and time.time() < deadline, process.communicate()[0]
     time.sleep(0.1)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.Signals[name])
   output, _ = process.communicate(timeout=100)
   assert process.returncode == 75, output
   saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-  assert saved and "SIGTERM" in output and str(max(saved)) in output
+  assert saved and name in output and str(max(saved)) in output
   status, output = run(*flags[:2], f"--config.steps={max(saved) + 1}", "--config.log_every=1")
   assert status == 0 and f"checkpoints/{max(saved)}" in output, output
   assert max(losses(tmp_path)) == max(saved) + 1
