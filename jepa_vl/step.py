@@ -67,7 +67,7 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
     with jax.named_scope("optimizer"):
       updates, opt = tx.update(grads, state.opt, state.params)
       params = optax.apply_updates(state.params, updates)
-    metrics = {**terms, "grad_norm": optax.global_norm(grads), **diagnostics}
+    metrics = {**terms, "grad_norm": optax.tree.norm(grads), **diagnostics}
     return TrainState(state.step + 1, params, batch_stats, opt), metrics
 
   return train_step

@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from jepa_vl import checkpoint, sharding
 
+# Orbax leaves an event loop open when a read fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def make_state(seed):
   key = jax.random.key(seed)
