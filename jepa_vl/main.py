@@ -34,6 +34,9 @@ def main(argv):
     if _MODE.value == "train":
       sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
+  except KeyboardInterrupt:
+    print("interrupted before the state was saved", file=sys.stderr)
+    sys.exit(1)
   except Exception as e:
     if _DEBUG.value:
       raise

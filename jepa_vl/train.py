@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -60,7 +61,7 @@ class Run:
       }
     )
 
-  @property
+  @functools.cached_property
   def meta(self):
     """What a checkpoint holds beside the arrays."""
     return {
@@ -173,14 +174,18 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     # the data position is that number, so a resumed run takes exactly the batch that is next.
     for step in range(start, config.steps + 1):
       last = step == config.steps
+      stopping = stop.requested
+      evaluating = due(config.eval_every, step) and not last
+      saving = stopping or last or due(config.checkpoint_every, step)
+      if evaluating or saving:
+        steps.flush(progress)  # a state that is not finite stops here, before it is saved
       pause = time.perf_counter()
-      if due(config.eval_every, step) and not last:
+      if evaluating:
         evaluate(run, encode, state.variables, step, writer)
-      if stop.requested or last or due(config.checkpoint_every, step):
-        steps.flush(progress)  # a non-finite state must stop here, not be saved
+      if saving:
         checkpoints.save(step, state, run.meta)
       meter.pause(time.perf_counter() - pause)
-      if last or stop.requested:
+      if last or stopping:
         break
 
       wait = time.perf_counter()
@@ -196,8 +201,8 @@ def _loop(run, workdir, start, state, checkpoints, writer):
 
   if step < config.steps:
     checkpoints.wait()
-    log.info("stopped by %s; saved %s. Start again with the same command to go on",
-                 stop.name, checkpoints.path(step))  # fmt: skip
+    path = checkpoints.path(step)
+    log.info("stopped by %s; saved %s. The same command goes on from it", stop.name, path)
     return PREEMPTED
   finish(run, encode, state, step, writer, workdir)
   return 0

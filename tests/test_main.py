@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 
+import msgpack
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from jepa_vl import metrics
+from jepa_vl.data import embedded
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Seconds instead of minutes: the smallest model that still has every part.
 SMALL = [
-  "--config=configs/tiny.py", "--config.model.image_size=16", "--config.model.patch_size=8",
+  "--config=configs/tiny.py", "--config.model.image_size=16", "--config.model.scan=True", "--config.model.patch_size=8",
   "--config.model.embed_dim=16", "--config.model.hidden_dim=32", "--config.text.length=12",
   "--config.batch_size=16", "--config.objective.num_slices=64", "--config.optim.warmup=5",
 ]  # fmt: skip
@@ -155,6 +158,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_pa
   assert "not finite" in output and "checkpoints/5" in output and "optim.lr" in output
   saved = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
   assert saved == {"5"}
+
+
+def write_pairs(path):
+  """40 pairs in one ArrayRecord file: record 7 is no image, record 21 no record, 3 is long."""
+  writer = ArrayRecordWriter(str(path), "group_size:1")
+  for i, record in enumerate((embedded.read_records("val") * 2)[:40]):
+    pair = {"image": record["image"], "caption": "word " * 50 if i == 3 else record["caption"]}
+    pair |= {"image": b"no image"} if i == 7 else {}
+    writer.write(b"garbage" if i == 21 else msgpack.packb(pair))
+  writer.close()
+
+
+def test_own_data_with_damaged_records(tmp_path):
+  """Replaced, counted and said; too many of them end the run in words."""
+  write_pairs(tmp_path / "pairs.array_record")
+  flags = [*NO_EVALS, "--config.data.source=array_record", "--config.log_every=1"]
+  flags += [f"--config.data.path={tmp_path}/*.array_record", "--config.steps=40"]
+  allow = "--config.data.max_bad_fraction=0.2"
+  status, output = run(f"--workdir={tmp_path / 'a'}", *flags, "--config.steps=3", allow)
+  assert status == 0, output
+  assert "record 7 cannot be used" in output and "record 21 cannot be used" in output
+  last = metrics.read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]
+  assert last["data/bad_records"] >= 2 and last["data/truncated_captions"] >= 1
+  status, output = run(f"--workdir={tmp_path / 'b'}", *flags)
+  assert status == 1 and "data.max_bad_fraction=0.01" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_an_empty_or_truncated_file_is_named(tmp_path, size):
+  path = tmp_path / "pairs.array_record"
+  write_pairs(path)
+  os.truncate(path, size)
+  flags = ["--config.data.source=array_record", f"--config.data.path={path}"]
+  status, output = run(f"--workdir={tmp_path / 'run'}", *flags)
+  assert status == 1 and str(path) in output and "Traceback" not in output
 
 
 def test_the_whole_run_leaves_results_and_report(tmp_path):
