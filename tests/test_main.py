@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Seconds instead of minutes: the smallest model that still has every part.
 SMALL = [
-  "--config=configs/tiny.py", "--config.model.image_size=16", "--config.model.scan=True", "--config.model.patch_size=8",
+  "--config=configs/tiny.py", "--config.model.image_size=16", "--config.model.patch_size=8",
+  "--config.model.scan=True",
   "--config.model.embed_dim=16", "--config.model.hidden_dim=32", "--config.text.length=12",
   "--config.batch_size=16", "--config.objective.num_slices=64", "--config.optim.warmup=5",
 ]  # fmt: skip
