@@ -123,7 +123,7 @@ def _pad(x, rows):
   return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)]) if len(x) < rows else x
 
 
-def _read_split(encode, source, name):
+def _read_split(encode, source, split):
   records, images, left_out = pipeline.evaluation_rows(
     source, image_size=encode.image_size, resize_ratio=encode.resize_ratio
   )
@@ -144,7 +144,7 @@ def _read_split(encode, source, name):
   log.info(
     "evaluation split %s: %d images, %d captions (%d longer than text.length and cut), %d "
     "records left out as unreadable%s",
-    name, len(images), len(captions), encode.tokenize(captions)[2].sum(), len(left_out),
+    split, len(images), len(captions), encode.tokenize(captions)[2].sum(), len(left_out),
     f": {left_out[:10]}" if left_out else "",
   )  # fmt: skip
   return Split(records, images, captions, relevant, left_out)
