@@ -12,7 +12,7 @@ SPLITS = ("val", "val_style", "A", "B", "C")
 
 def get_config():
   c = base.get_config()
-  c.steps = 1500
+  c.steps = 1300
   c.batch_size = 128
   c.log_every = 20
   c.eval_every = 500
@@ -26,7 +26,7 @@ def get_config():
   c.model.predictor_depth = 2
   c.model.scan = False  # a fifth faster on a CPU
 
-  c.text.length = 16
+  c.text.length = 24
   c.text.tokenizer = "emoji"
 
   c.objective.lambda_img = 0.01
@@ -36,9 +36,10 @@ def get_config():
 
   c.optim.lr = 1e-3
   c.optim.warmup = 100
+  c.optim.weight_decay = 0.3
 
   c.data.source = "emoji"
-  c.data.tag_prob = 0.7
+  c.data.tag_prob = 0.9
   c.data.crop_scale = (0.5, 1.0)
   c.data.grey_prob = 0.1
   c.data.eval_resize = 1.0

@@ -73,18 +73,19 @@ def effective_rank(z):
 def collapse_warning(metrics, embed_dim, rows):
   """A sentence if the logged diagnostics show collapsed embeddings, else None.
 
-  A collapsed run shows an effective rank that has fallen and matched similarity equal to
-  mismatched.
+  Collapse shows as an effective rank below a fifth of what D and the rows allow (a healthy run is
+  past a third once warmed up), or as predictions that fit a mismatched target as well: a point.
   """
   ceiling = min(embed_dim, rows)
   for modality in ("img", "txt"):
     rank = metrics[f"rank/{modality}"]
-    if rank < 0.1 * ceiling:
+    predicted = "img_to_txt" if modality == "txt" else "txt_to_img"
+    if rank < 0.2 * ceiling or metrics[f"cos/{predicted}_rolled"] > 0.9:
       return (
         f"the {modality} embeddings are collapsing: effective rank {rank:.1f} of {ceiling} "
-        f"(cosine of matched pairs {metrics['cos/matched']:.3f}, of mismatched pairs "
-        f"{metrics['cos/rolled']:.3f}). SIGReg is what prevents this: check objective.lambda_img "
-        "and objective.lambda_txt (the reference uses 0.02)"
+        f"(cosine of a prediction with its target {metrics[f'cos/{predicted}']:.3f}, with another "
+        f"{metrics[f'cos/{predicted}_rolled']:.3f}). SIGReg is what prevents this: check "
+        "objective.lambda_img and objective.lambda_txt (the reference uses 0.02)"
       )
   return None
 

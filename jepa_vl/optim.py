@@ -7,13 +7,13 @@ import optax
 def cosine(cfg, steps):
   """Linear warm-up, then a cosine to lr * final at `steps`."""
   return optax.warmup_cosine_decay_schedule(
-    cfg.lr * cfg.warmup_from, cfg.lr, _warmup(cfg, steps), steps, cfg.lr * cfg.final
+    cfg.lr * cfg.warmup_from, cfg.lr, warmup_steps(cfg, steps), steps, cfg.lr * cfg.final
   )
 
 
 def warmup_stable_decay(cfg, steps):
   """Linear warm-up, constant, then a cosine to lr * final over the last `decay` of the steps."""
-  warmup = _warmup(cfg, steps)
+  warmup = warmup_steps(cfg, steps)
   decay_from = max(steps - round(cfg.decay * steps), warmup)
   return optax.join_schedules(
     [
@@ -25,7 +25,7 @@ def warmup_stable_decay(cfg, steps):
   )
 
 
-def _warmup(cfg, steps):
+def warmup_steps(cfg, steps):
   # A shortened run (--config.steps=100) keeps its shape: never more warm-up than half of it.
   return min(cfg.warmup, steps // 2)
 

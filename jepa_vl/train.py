@@ -240,8 +240,9 @@ class StepLog:
     values |= {"lr": float(self._schedule(step - 1)), **rates, **counts}
     self._writer.metrics(step, values)
     progress.log(step, values)
-    rows = self._config.batch_size // self._config.accumulate
-    self._warn("collapse", metrics.collapse_warning(values, self._config.model.embed_dim, rows))
+    if step > optim.warmup_steps(self._config.optim, self._config.steps):
+      rows = self._config.batch_size // self._config.accumulate
+      self._warn("collapse", metrics.collapse_warning(values, self._config.model.embed_dim, rows))
     if rates["data_wait"] > 0.1:
       self._warn(
         "data",

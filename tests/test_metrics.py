@@ -66,19 +66,32 @@ def test_diagnostics_of_a_collapsed_batch_are_finite(out):
   assert found["rank/img"] == found["rank/txt"] == 1
 
 
+# As of a healthy run: predictions fit their own target and no other.
+COSINES = {
+  f"cos/{way}{rolled}": 0.0 if rolled else 0.6
+  for way in ("img_to_txt", "txt_to_img")
+  for rolled in ("", "_rolled")
+}
+
+
+def test_collapse_to_a_point_is_told_by_the_mismatched_targets():
+  values = {"rank/img": 30.0, "rank/txt": 30.0, **COSINES, "cos/txt_to_img_rolled": 0.99}
+  assert "the img embeddings" in metrics.collapse_warning(values, embed_dim=32, rows=128)
+
+
 @pytest.mark.parametrize(
   ("img", "txt", "says"),
   [(60.0, 55.0, None), (2.0, 55.0, "the img embeddings"), (60.0, 1.0, "the txt embeddings")],
 )
 @pytest.mark.parametrize("rows", [64, 4096])
 def test_collapse_warning(img, txt, says, rows):
-  values = {"rank/img": img, "rank/txt": txt, "cos/matched": 0.991, "cos/rolled": 0.99}
+  values = {"rank/img": img, "rank/txt": txt, **COSINES}
   warning = metrics.collapse_warning(values, embed_dim=64, rows=rows)
   assert (warning is None) if says is None else (says in warning and "of 64" in warning)
 
 
 def test_collapse_warning_knows_that_few_rows_span_few_directions():
-  values = {"rank/img": 6.0, "rank/txt": 6.0, "cos/matched": 0.5, "cos/rolled": 0.1}
+  values = {"rank/img": 6.0, "rank/txt": 6.0, **COSINES}
   assert metrics.collapse_warning(values, embed_dim=256, rows=8) is None
   assert metrics.collapse_warning(values, embed_dim=256, rows=256)
 
