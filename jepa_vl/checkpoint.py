@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -50,41 +49,50 @@ class Checkpoints:
     """The newest whole checkpoint as (step, state), or None if there is none.
 
     `check(meta)` may refuse (raise) before any array is read. A checkpoint that cannot be read is
-    set aside as `STEP.damaged`, said, and the one before is taken.
+    said, and the one before is taken; once that is open, the damaged one is set aside as
+    `STEP.damaged`.
 
     Raises:
-      ValueError: from `check`, or every checkpoint is damaged.
+      ValueError: from `check`, or no checkpoint can be read; then nothing has been moved.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
+    damaged = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         meta = meta["meta"]
       except Exception as e:  # tensorstore, orbax and json each raise their own
-        self._set_aside(step, e)
+        damaged[step] = _first_line(e)
         continue
       check(meta)
       try:
-        return step, _restore_state(self._manager, step, abstract_state, meta)
+        state = _restore_state(self._manager, step, abstract_state, meta)
       except Exception as e:
-        self._set_aside(step, e)
-    if steps:
+        damaged[step] = _first_line(e)
+        continue
+      self._set_aside(damaged)
+      return step, state
+    if damaged:
+      reasons = "\n".join(f"  {self.path(step)}: {why}" for step, why in damaged.items())
       raise ValueError(
-        f"none of the {len(steps)} checkpoints in {self._directory} can be read; they are kept as "
-        "STEP.damaged there. Restore a copy of one, or start again in an empty --workdir"
+        f"none of the {len(damaged)} checkpoints can be read:\n{reasons}\nIf the reason is not in "
+        "the files (memory, permissions), mend it and start again; else bring back a copy of one, "
+        "or use an empty --workdir"
       )
     return None
 
-  def _set_aside(self, step, error):
-    aside = self.path(step) + ".damaged"
-    log.warning(
-      "checkpoint %s cannot be read (%s); set aside as %s, taking the one before",
-      self.path(step), _first_line(error), aside,
-    )  # fmt: skip
-    if jax.process_index() == 0:
-      shutil.rmtree(aside, ignore_errors=True)
-      os.rename(self.path(step), aside)
-    self._manager.reload()
+  def _set_aside(self, damaged):
+    for step, why in damaged.items():
+      aside = self.path(step) + ".damaged"
+      while os.path.exists(aside):
+        aside += "_"
+      log.warning(
+        "checkpoint %s cannot be read (%s); set aside as %s, taking the one before",
+        self.path(step), why, aside,
+      )  # fmt: skip
+      if jax.process_index() == 0:
+        os.rename(self.path(step), aside)
+    if damaged:
+      self._manager.reload()
 
   def wait(self):
     """Returns when the save in flight, if any, is on disk. Raises OSError if it failed."""

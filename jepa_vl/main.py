@@ -35,7 +35,7 @@ def main(argv):
       sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
   except KeyboardInterrupt:
-    print("interrupted before the state was saved", file=sys.stderr)
+    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.exit(1)
   except Exception as e:
     if _DEBUG.value:

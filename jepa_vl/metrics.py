@@ -1,5 +1,6 @@
 """Collapse diagnostics, the throughput meter and the metric writers."""
 
+import functools
 import json
 import math
 import os
@@ -27,6 +28,9 @@ PEAK_FLOPS = (
 )
 
 
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 def diagnostics(out, temperature=0.07):
   """What the LeVLJEPA authors log of a batch, from z and p of both modalities, (B, D) each.
 
@@ -37,7 +41,7 @@ def diagnostics(out, temperature=0.07):
   z_img, z_txt, p_img, p_txt = (unit(out[k]) for k in ("z_img", "z_txt", "p_img", "p_txt"))
   cos = lambda a, b: jnp.mean(jnp.sum(a * b, axis=-1))
   rolled = lambda a: jnp.roll(a, 1, axis=0)
-  logits = z_img @ z_txt.T / temperature
+  logits = _matmul(z_img, z_txt.T) / temperature
   positive = jnp.mean(jnp.diagonal(logits))
   lse = jnp.mean(jax.nn.logsumexp(logits, axis=1))
   return {
@@ -59,7 +63,7 @@ def singular_values(z):
   """Singular values of the centred rows, descending. z: (B, D) -> (D,) float32."""
   z = z.astype(jnp.float32)
   z = z - jnp.mean(z, axis=0)
-  eigenvalues = jnp.linalg.eigvalsh(z.T @ z)
+  eigenvalues = jnp.linalg.eigvalsh(_matmul(z.T, z))
   return jnp.sqrt(jnp.maximum(eigenvalues[::-1], 0))
 
 

@@ -61,7 +61,7 @@ def use_mesh(mesh):
 
 
 def path_name(path):
-  """Tree path -> "params/image/blocks/attn/qkv/kernel"."""
+  """Tree path -> "params/image/tower/blocks/attn/qkv/kernel"."""
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -102,8 +102,3 @@ def put_batch(batch, mesh):
   """This process's rows (host arrays) -> global arrays, rows split over data and fsdp."""
   sharding = NamedSharding(mesh, P(BATCH))
   return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
-
-
-def replicate(tree, mesh):
-  """Host values -> the same value on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))

@@ -5,6 +5,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 
 from jepa_vl import sharding
 from jepa_vl.model import two_tower
@@ -43,6 +44,14 @@ def abstract_state(model, tx, mesh):
   shardings = sharding.shardings_of(shapes, mesh)
   as_struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   return jax.tree.map(as_struct, shapes, shardings)
+
+
+def init_variables(model, mesh, seed):
+  """What `init_state` starts from, without the optimizer: the untrained network."""
+  init = init_fn(model, optax.identity())
+  shardings = sharding.shardings_of(jax.eval_shape(init, jax.random.key(seed)), mesh)
+  with sharding.use_mesh(mesh):
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed)).variables
 
 
 def init_state(model, tx, mesh, seed):

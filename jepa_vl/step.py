@@ -19,7 +19,8 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
   they would see a batch of B / A: it is A small batches' mean gradient, not one large batch's.
   Running statistics pass through the micro-batches in order.
 
-  metrics: float32 scalars `loss`, `grad_norm`, one per objective term, and `metrics.diagnostics`
+  metrics: float32 scalars `loss`, `grad_norm`, `param_norm` (after the step), one per objective
+  term, and `metrics.diagnostics`
   of the last micro-batch, computed in every `log_every`-th step and zero in the others.
   """
 
@@ -67,7 +68,8 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
     with jax.named_scope("optimizer"):
       updates, opt = tx.update(grads, state.opt, state.params)
       params = optax.apply_updates(state.params, updates)
-    metrics = {**terms, "grad_norm": optax.tree.norm(grads), **diagnostics}
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    metrics = {**terms, **norms, **diagnostics}
     return TrainState(state.step + 1, params, batch_stats, opt), metrics
 
   return train_step

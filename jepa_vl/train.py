@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -68,19 +69,23 @@ class Run:
       "config": json.loads(self.config.to_json_best_effort()),
       "tokenizer": base64.b64encode(self.tokenizer.model).decode(),
       "tokenizer_identity": self.tokenizer.identity,
-      "data_identity": self.source.identity,
+      "data_identity": self.source.identity if self.source else None,
       "arrays": sharding.describe_arrays(self.abstract_state),
     }
 
 
-def build(config):
-  """Run from the config; raises ValueError or FileNotFoundError in words on bad input."""
+def build(config, *, with_data=True):
+  """Run from the config; raises ValueError or FileNotFoundError in words on bad input.
+
+  `with_data=False` leaves the training data alone, which an evaluation may not have at hand.
+  """
   evals.check(config.evals)
   mesh = sharding.make_mesh(**config.mesh)
   check_batch(config, mesh)
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
-  source = sources.open_source(config.data.source, config.data.path, config.data.split)
+  data = config.data
+  source = sources.open_source(data.source, data.path, data.split) if with_data else None
   tokenizer = tokenizer_lib.load(config.text.tokenizer)
   model = two_tower.from_config(
     config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model)
@@ -164,6 +169,8 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed,
     start_step=start, process=jax.process_index(), processes=jax.process_count(),
   )  # fmt: skip
+  if config.data.workers and start < config.steps:
+    data = _start_workers(data)
   counters = DataCounters(config.data.max_bad_fraction)
   flops = 3 * two_tower.forward_flops(run.model)
   meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
@@ -199,13 +206,24 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       steps.flush(progress)  # the step before, while this one runs
       steps.push(step + 1, values, counters)
 
+  checkpoints.wait()  # before the final evaluation, which may be long
   if step < config.steps:
-    checkpoints.wait()
     path = checkpoints.path(step)
     log.info("stopped by %s; saved %s. The same command goes on from it", stop.name, path)
     return PREEMPTED
   finish(run, encode, state, step, writer, workdir)
   return 0
+
+
+def _start_workers(data):
+  # A terminal sends Ctrl-C to every process. The workers, started by the first batch, inherit that
+  # it is ignored, so that they still serve the loop, which alone answers it.
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    first = next(data)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  return itertools.chain([first], data)
 
 
 class StepLog:
@@ -354,12 +372,12 @@ def check_resume(meta, run):
   fixed = [k for k in FIXED_KEYS if k in changed]
   refused = [f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in fixed]
   for what in ("data_identity", "tokenizer_identity"):
-    if meta[what] != run.meta[what]:
+    if meta[what] != run.meta[what] and run.meta[what]:
       refused.append(f"{what.replace('_', ' ')}: {meta[what]} there, {run.meta[what]} here")
   refused += _different_arrays(meta["arrays"], run.meta["arrays"]) if not refused else []
   if refused:
     raise ValueError(
-      "the checkpoint in this workdir is of another run:\n  " + "\n  ".join(refused) + "\n"
+      "the checkpoint is of another run:\n  " + "\n  ".join(refused) + "\n"
       "Use the same values, or another --workdir"
     )
   for key, (before, now) in changed.items():
@@ -434,7 +452,7 @@ def finish(run, encode, state, step, writer, workdir):
   variables = state.variables
   trained = evaluate(run, encode, variables, step, writer)
   pictures = evals.pictures(encode, variables, run.config.evals)
-  untrained = state_lib.init_state(run.model, run.tx, run.mesh, run.config.seed).variables
+  untrained = state_lib.init_variables(run.model, run.mesh, run.config.seed)
   table = evals.table(trained, evals.run_all(encode, untrained, run.mesh, run.config.evals))
   if jax.process_index():
     return
@@ -447,11 +465,11 @@ def finish(run, encode, state, step, writer, workdir):
 
 def evaluate_checkpoint(config, path):
   """--mode=eval: the configured evaluations on one checkpoint, printed beside their floors."""
-  run = build(config)
+  run = build(config, with_data=False)
   state = checkpoint.read(path, run.abstract_state, check=lambda meta: check_resume(meta, run))
   encode = make_encode(run)
   trained = evals.run_all(encode, state.variables, run.mesh, config.evals)
-  untrained = state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
-  floors = evals.run_all(encode, untrained.variables, run.mesh, config.evals)
+  untrained = state_lib.init_variables(run.model, run.mesh, config.seed)
+  floors = evals.run_all(encode, untrained, run.mesh, config.evals)
   print(evals.format_table(evals.table(trained, floors)))
   return 0

@@ -7,6 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/setup.sh
-case " $* " in *" --config="*) ;; *) set -- --config=configs/tiny.py "$@" ;; esac
+case " $* " in *" --config"[=\ ]*) ;; *) set -- --config=configs/tiny.py "$@" ;; esac
 echo "python -m jepa_vl.main $*"
 exec "$VENV/bin/python" -m jepa_vl.main "$@"

@@ -3,7 +3,8 @@
 VENV="${VENV:-.venv}"
 
 detect() {
-  if compgen -G "/dev/accel*" >/dev/null || [ -n "${TPU_NAME:-}" ]; then
+  if compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null ||
+    [ -n "${TPU_NAME:-}" ]; then
     echo tpu
   elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo cuda
@@ -27,7 +28,11 @@ if [ ! -x "$VENV/bin/python" ]; then
     exit 1
   }
   echo "making the virtual environment $VENV"
-  "$PYTHON" -m venv "$VENV"
+  "$PYTHON" -m venv "$VENV" || {
+    rm -rf "$VENV"
+    echo "error: $PYTHON cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
+    exit 1
+  }
 fi
-echo "installing $JAX and requirements.txt for: $ACCELERATOR"
+echo "installing $JAX and requirements.txt for: $ACCELERATOR (ACCELERATOR=cpu|cuda|tpu overrides)"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$JAX" -r requirements.txt

@@ -103,7 +103,7 @@ def test_all_damaged_is_an_error_that_keeps_them(saved):
       os.truncate(path, 0)
   with pytest.raises(ValueError, match="none of the 2 checkpoints"):
     restore(saved)
-  assert (saved / "1.damaged").is_dir() and (saved / "2.damaged").is_dir()
+  assert (saved / "1").is_dir() and (saved / "2").is_dir()
 
 
 def test_a_refusal_is_not_taken_for_damage(saved):

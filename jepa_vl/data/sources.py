@@ -1,7 +1,7 @@
 """Indexable sources of image-caption records.
 
 A record is a dict with `image` (encoded bytes), `caption` (str) and, where a data set has them,
-`tags` (list of str) and labels for evaluation. `prepare`d data are msgpack dicts in ArrayRecord.
+`tags` (list of str) and labels for evaluation.
 """
 
 import glob

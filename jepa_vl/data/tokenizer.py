@@ -12,7 +12,7 @@ class SentencePiece:
   """A SentencePiece model, held as bytes so that a checkpoint can carry it."""
 
   def __init__(self, model):
-    import sentencepiece  # late: data workers that only decode images do without
+    import sentencepiece
 
     self.model = model
     try:

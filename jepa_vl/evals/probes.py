@@ -79,5 +79,6 @@ def fit_logistic(x, y, classes, l2):
 @functools.partial(jax.value_and_grad)
 def _loss_and_grad(w, x, y, classes, l2):
   w = w.reshape(-1, classes)
-  log_p = jax.nn.log_softmax(x @ w[:-1] + w[-1])
+  logits = jnp.matmul(x, w[:-1], precision=jax.lax.Precision.HIGHEST) + w[-1]
+  log_p = jax.nn.log_softmax(logits)
   return -jnp.mean(jnp.take_along_axis(log_p, y[:, None], axis=1)) + l2 / 2 * jnp.sum(w[:-1] ** 2)

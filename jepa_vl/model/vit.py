@@ -28,7 +28,7 @@ class ViT(nn.Module):
   """Images (B, S, S, 3) -> CLS (B, W) and patch tokens (B, N, W), both after the final norm.
 
   `image_size` fixes the grid of the position table; any other size that the patch divides is
-  served by resampling it. Initialisation as timm: truncated normal 0.02, zero biases.
+  served by resampling it. Initialisation as timm: normal 0.02, zero biases.
   """
 
   width: int
@@ -49,7 +49,7 @@ class ViT(nn.Module):
         f"model.patch_size={p} does not divide the image size {H}x{W}; "
         f"use a multiple of {p}, for example {max(H // p, 1) * p}"
       )
-    init = nn.initializers.truncated_normal(0.02)
+    init = nn.initializers.normal(0.02)  # timm truncates at 100 standard deviations: not at all
     grid = (H // p, W // p)
     patches = images.reshape(B, grid[0], p, grid[1], p, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(B, grid[0] * grid[1], p * p * 3)  # (B, N, p p 3)
