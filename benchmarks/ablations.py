@@ -1,6 +1,6 @@
 """Short runs of configs/tiny.py that each take one thing away, by config keys alone.
 
-python benchmarks/ablations.py --out DIR [--steps 600]    prints a Markdown table
+python -m benchmarks.ablations --out DIR [--steps 600]    prints a Markdown table
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Time and memory of SIGReg, value and gradient, against the naive form, in one run.
 
-python benchmarks/sigreg.py [--rows 256 1024 4096] [--dim 256] [--slices 4096]
+python -m benchmarks.sigreg [--rows 256 1024 4096] [--dim 256] [--slices 4096]
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import math
 import os
 import time
@@ -139,18 +140,23 @@ class Progress:
 
   def __init__(self, steps, start):
     import tqdm  # late: see Writer
+    import tqdm.contrib.logging
 
     on = jax.process_index() == 0
     self._bar = tqdm.tqdm(
       total=steps, initial=start, unit="step", disable=None if on else True, dynamic_ncols=True
     )
     self._print = on and self._bar.disable
+    # Log lines are written above the bar, not through it.
+    self._redirect = tqdm.contrib.logging.logging_redirect_tqdm([logging.getLogger("jepa_vl")])
     self._steps, self._seen = steps, start
 
   def __enter__(self):
+    self._redirect.__enter__()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *error):
+    self._redirect.__exit__(*error)
     self._bar.close()
 
   def step(self, step, loss):
