@@ -85,11 +85,12 @@ def collapse_warning(metrics, embed_dim, rows):
   for modality in ("img", "txt"):
     rank = metrics[f"rank/{modality}"]
     predicted = "img_to_txt" if modality == "txt" else "txt_to_img"
-    if rank < 0.2 * ceiling or metrics[f"cos/{predicted}_rolled"] > 0.9:
+    own, other = metrics[f"cos/{predicted}"], metrics[f"cos/{predicted}_rolled"]
+    if rank < 0.2 * ceiling or (other > 0.5 and own - other < 0.1):
       return (
         f"the {modality} embeddings are collapsing: effective rank {rank:.1f} of {ceiling} "
-        f"(cosine of a prediction with its target {metrics[f'cos/{predicted}']:.3f}, with another "
-        f"{metrics[f'cos/{predicted}_rolled']:.3f}). SIGReg is what prevents this: check "
+        f"(cosine of a prediction with its target {own:.3f}, with another "
+        f"{other:.3f}). SIGReg is what prevents this: check "
         "objective.lambda_img and objective.lambda_txt (the reference uses 0.02)"
       )
   return None
