@@ -1,8 +1,5 @@
 """The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
 
-import base64
-import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -10,126 +7,19 @@ import math
 import os
 import signal
 import time
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from jepa_vl import checkpoint, evals, metrics, objectives, optim, sharding
+from jepa_vl import checkpoint, evals, metrics, optim, sharding
 from jepa_vl import state as state_lib
-from jepa_vl import step as step_lib
-from jepa_vl.data import pipeline, sources
-from jepa_vl.data import tokenizer as tokenizer_lib
-from jepa_vl.evals import common, report
+from jepa_vl.build import build, check_resume, describe, make_encode
+from jepa_vl.data import pipeline
+from jepa_vl.evals import report
 from jepa_vl.model import two_tower
 
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: saved, start me again
-
-# A checkpoint opens only under the same values of these; other changes are allowed and said.
-FIXED_KEYS = (
-  *(f"model.{k}" for k in ("size", "image_size", "patch_size", "statistics", "embed_dim")),
-  *(f"model.{k}" for k in ("hidden_dim", "predictor_depth")),
-  *("text.length", "text.readout", "optim.name", "data.source"),
-)
-
-
-@dataclasses.dataclass
-class Run:
-  """Everything that the config determines, before any array exists."""
-
-  config: ConfigDict
-  mesh: Any
-  source: Any
-  tokenizer: Any
-  model: Any
-  tx: Any
-  abstract_state: Any
-  train_step: Any
-
-  @property
-  def data_config(self):
-    """The `data` sub-tree with what the pipeline needs of the model's and the text's."""
-    c = self.config
-    return ConfigDict(
-      {
-        **c.data,
-        "image_size": c.model.image_size,
-        "text_length": c.text.length,
-        "readout": c.text.readout,
-      }
-    )
-
-  @functools.cached_property
-  def meta(self):
-    """What a checkpoint holds beside the arrays."""
-    return {
-      "config": json.loads(self.config.to_json_best_effort()),
-      "tokenizer": base64.b64encode(self.tokenizer.model).decode(),
-      "tokenizer_identity": self.tokenizer.identity,
-      "data_identity": self.source.identity if self.source else None,
-      "arrays": sharding.describe_arrays(self.abstract_state),
-    }
-
-
-def build(config, *, with_data=True):
-  """Run from the config; raises ValueError or FileNotFoundError in words on bad input.
-
-  `with_data=False` leaves the training data alone, which an evaluation may not have at hand.
-  """
-  evals.check(config.evals)
-  mesh = sharding.make_mesh(**config.mesh)
-  check_batch(config, mesh)
-  objective = objectives.from_config(config.objective)
-  tx = optim.make_optimizer(config.optim, config.steps)
-  data = config.data
-  source = sources.open_source(data.source, data.path, data.split) if with_data else None
-  tokenizer = tokenizer_lib.load(config.text.tokenizer)
-  model = two_tower.from_config(
-    config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model)
-  )
-  abstract_state = state_lib.abstract_state(model, tx, mesh)
-  train_step = step_lib.make_train_step(
-    model, objective, tx, seed=config.seed, accumulate=config.accumulate, log_every=config.log_every
-  )
-  jitted = step_lib.jit_train_step(train_step, abstract_state, mesh)
-  return Run(config, mesh, source, tokenizer, model, tx, abstract_state, jitted)
-
-
-def check_batch(config, mesh):
-  """Raises ValueError if devices, micro-batches or SIGReg groups do not divide the batch."""
-  micro, rest = divmod(config.batch_size, config.accumulate)
-  if rest:
-    raise ValueError(
-      f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}"
-    )
-  shards = sharding.batch_shards(mesh)
-  if micro % shards:
-    unit = shards * config.accumulate
-    raise ValueError(
-      f"batch_size={config.batch_size} / accumulate={config.accumulate} = {micro} rows cannot be "
-      f"split over mesh.data x mesh.fsdp = {shards} devices; use a multiple of {unit}, for example "
-      f"{max(config.batch_size // unit, 1) * unit}"
-    )
-  group = config.objective.group_size
-  if group and micro % group:
-    raise ValueError(
-      f"objective.group_size={group} does not divide the {micro} rows that SIGReg sees "
-      f"(batch_size={config.batch_size} / accumulate={config.accumulate}); choose a divisor, or 0 "
-      "for one group of all rows"
-    )
-
-
-def compute_dtype(cfg):
-  """The towers' computation type: bfloat16 on accelerators and float32 on a CPU for "auto"."""
-  dtypes = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-  dtypes["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-  if cfg.dtype not in dtypes:
-    raise ValueError(f"model.dtype must be one of {', '.join(dtypes)}, got {cfg.dtype!r}")
-  return dtypes[cfg.dtype]
-
 
 def train(config, workdir):
   """Trains, or goes on with what the workdir holds. Returns the process's exit code."""
@@ -348,92 +238,6 @@ def prepare_workdir(workdir):
       f"--workdir={workdir} cannot be written ({e.strerror}); give a folder that you may write to"
     ) from e
   return workdir
-
-
-def flat(tree, prefix=""):
-  """{"model": {"size": "tiny"}} -> {"model.size": "tiny"}."""
-  items = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      items |= flat(value, f"{prefix}{key}.")
-    else:
-      items[prefix + key] = value
-  return items
-
-
-def check_resume(meta, run):
-  """Refuses a checkpoint of another architecture or data set; says what else has changed.
-
-  Raises:
-    ValueError: naming each difference.
-  """
-  old, new = flat(meta["config"]), flat(run.meta["config"])
-  changed = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
-  fixed = [k for k in FIXED_KEYS if k in changed]
-  refused = [f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in fixed]
-  for what in ("data_identity", "tokenizer_identity"):
-    if meta[what] != run.meta[what] and run.meta[what]:
-      refused.append(f"{what.replace('_', ' ')}: {meta[what]} there, {run.meta[what]} here")
-  refused += _different_arrays(meta["arrays"], run.meta["arrays"]) if not refused else []
-  if refused:
-    raise ValueError(
-      "the checkpoint is of another run:\n  " + "\n  ".join(refused) + "\n"
-      "Use the same values, or another --workdir"
-    )
-  for key, (before, now) in changed.items():
-    log.info("config changed since the checkpoint: %s: %s -> %s", key, before, now)
-  for key in {"batch_size", "seed"} & set(changed):
-    log.warning("%s has changed: from here on the sample order is another", key)
-
-
-def _different_arrays(there, here):
-  # What the keys above do not explain, such as another version of an optimizer.
-  names = [k for k in there | here if there.get(k) != here.get(k)]
-  return [f"array {k}: {there.get(k)} there, {here.get(k)} here" for k in names[:10]]
-
-
-def describe(run, start):
-  """The start-up lines: devices, model, data."""
-  config, device = run.config, run.mesh.devices.flat[0]
-  params = run.abstract_state.params
-  total, image, text = (
-    state_lib.count(p) / 1e6 for p in (params, params["image"], params["text"])
-  )
-  log.info("devices: %d x %s, mesh %s", run.mesh.size, device.device_kind, dict(run.mesh.shape))
-  log.info(
-    "model: %s, %.1fM parameters (image tower %.1fM, text tower %.1fM, heads and predictors "
-    "%.1fM), %.3g GFLOP forward per pair",
-    config.model.size, total, image, text, total - image - text,
-    two_tower.forward_flops(run.model) / 1e9,
-  )  # fmt: skip
-  log.info(
-    "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",
-    config.data.source, run.source.identity, config.batch_size, start, config.steps,
-    (config.steps - start) * config.batch_size / len(run.source),
-  )  # fmt: skip
-  for name in sharding.undivided(run.abstract_state.params, run.mesh):
-    log.warning("replicated, because it does not divide: %s", name)
-
-
-def make_encode(run):
-  """The `encode` that evaluations get."""
-  config = run.config
-
-  def tokenize(captions):
-    return tokenizer_lib.tokenize(
-      run.tokenizer, captions, length=config.text.length, readout=config.text.readout
-    )
-
-  shards = sharding.batch_shards(run.mesh)
-  rows = -(-min(config.batch_size, 1024) // shards) * shards
-  return common.Encode(
-    apply=jax.jit(lambda variables, batch: run.model.apply(variables, batch, train=False)),
-    tokenize=tokenize,
-    mesh=run.mesh,
-    image_size=config.model.image_size,
-    resize_ratio=config.data.eval_resize,
-    batch_size=rows,
-  )
 
 
 def evaluate(run, encode, variables, step, writer):

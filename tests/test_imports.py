@@ -9,8 +9,9 @@ RANK = {
   "model": 1, "optim": 1, "checkpoint": 1,
   "state": 2, "data": 2, "objectives": 2,
   "step": 3, "evals": 3,
-  "train": 4,
-  "main": 5,
+  "build": 4,
+  "train": 5,
+  "main": 6,
 }  # fmt: skip
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepa_vl import sharding, train
+from jepa_vl import objectives, sharding
 from jepa_vl import state as state_lib
+from jepa_vl.build import build
 
 MESHES = [
   {"data": 8, "fsdp": 1, "tensor": 1},
@@ -40,7 +41,7 @@ def first_step(config, mesh_sizes):
   """State before and after one step, and the metrics, on that mesh."""
   c = config.copy_and_resolve_references()
   c.mesh.update(mesh_sizes)
-  run = train.build(c)
+  run = build(c)
   state = state_lib.init_state(run.model, run.tx, run.mesh, c.seed)
   before = jax.device_get(state)
   batch = sharding.put_batch(example(c, run.model.vocab_size), run.mesh)
@@ -119,8 +120,8 @@ def test_accumulation_is_the_mean_over_micro_batches(config):
   config.optim.clip = 0.0
   config.accumulate = 2
   _, state, metrics = first_step(config, ALONE)
-  run = train.build(config)
-  objective = train.objectives.from_config(config.objective)
+  run = build(config)
+  objective = objectives.from_config(config.objective)
   start = state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
   batch = example(config, run.model.vocab_size)
   rng = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -148,8 +149,8 @@ def test_accumulation_is_the_mean_over_micro_batches(config):
 def test_stop_gradient_stops(config, stop_gradient):
   """With it, the prediction of text from an image gives the text tower no gradient at all."""
   config.objective.update({"stop_gradient": stop_gradient, "lambda_img": 0.0, "lambda_txt": 0.0})
-  run = train.build(config)
-  terms = train.objectives.from_config(config.objective)
+  run = build(config)
+  terms = objectives.from_config(config.objective)
   state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
   batch = example(config, run.model.vocab_size)
 
@@ -172,7 +173,7 @@ def test_weights_are_applied_once(config):
   cfg.update({"lambda_img": 0.1, "lambda_txt": 0.3})
   z = {k: jax.random.normal(jax.random.key(i), (16, 8))
        for i, k in enumerate(("z_img", "z_txt", "p_img", "p_txt"))}  # fmt: skip
-  loss, terms = train.objectives.from_config(cfg)(z, jax.random.key(9))
+  loss, terms = objectives.from_config(cfg)(z, jax.random.key(9))
   expected = (
     0.6 * (terms["align/img_to_txt"] + terms["align/txt_to_img"]) / 2
     + 0.1 * terms["sigreg/img"]
@@ -189,7 +190,7 @@ def test_other_alignments(config, align):
   config.objective.align = align
   z = {k: jax.random.normal(jax.random.key(i), (16, 8))
        for i, k in enumerate(("z_img", "z_txt", "p_img", "p_txt"))}  # fmt: skip
-  _, terms = train.objectives.from_config(config.objective)(z, jax.random.key(9))
+  _, terms = objectives.from_config(config.objective)(z, jax.random.key(9))
   p, t = np.asarray(z["p_txt"], np.float64), np.asarray(z["z_img"], np.float64)
   cos = (p * t).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(t, axis=1)
   expected = {"mse_sum": ((p - t) ** 2).sum(1).mean(), "cosine": (2 - 2 * cos).mean()}[align]
@@ -199,7 +200,7 @@ def test_other_alignments(config, align):
 def test_loss_falls_on_sixteen_pairs(config):
   config.optim.warmup_from = 1.0
   config.steps = 60
-  run = train.build(config)
+  run = build(config)
   state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
   batch = sharding.put_batch(example(config, run.model.vocab_size), run.mesh)
   losses = []
