@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from jepa_vl.data import embedded
+from jepa_vl.data import embedded, emoji_build, transforms
 
 FIELDS = {
   "id": str,
@@ -63,7 +63,7 @@ def test_records_have_the_fields(splits):
     for record in records:
       assert {field: type(value) for field, value in record.items()} == FIELDS
       assert record["id"] == f"{record['style']}/{record['concept']}"
-      assert record["style"] in embedded.SPLITS[split][1]
+      assert record["style"] in emoji_build.PARTS_OF_SPLITS[split][1]
       assert record["caption"] and record["caption"] == record["caption"].lower()
       assert record["caption"] not in record["tags"]
       assert 0 <= record["group"] < len(dataset["groups"]) == 8
@@ -75,7 +75,7 @@ def test_records_have_the_fields(splits):
 def test_images_decode(splits):
   for records in splits.values():
     for record in records:
-      assert embedded.decode_image(record["image"]).shape == (64, 64, 3)
+      assert transforms.decode(record["image"]).shape == (64, 64, 3)
 
 
 def test_no_family_is_shared(splits):
@@ -89,7 +89,7 @@ def test_no_family_is_shared(splits):
 
 def test_no_image_is_shared(splits):
   train, val, test = (
-    {embedded.image_hash(record["image"]) for split in part for record in splits[split]}
+    {emoji_build.image_hash(record["image"]) for split in part for record in splits[split]}
     for part in PARTS
   )
   assert not train & val
@@ -122,7 +122,7 @@ def test_concepts_of_the_test_splits(splits):
   ],
 )
 def test_family_name(labels, subgroup, family):
-  assert {embedded.family_name(label, subgroup) for label in labels} == {family}
+  assert {emoji_build.family_name(label, subgroup) for label in labels} == {family}
 
 
 def test_identical_images_share_a_family(splits):
@@ -134,19 +134,19 @@ def test_identical_images_share_a_family(splits):
     {"family": "c", "image": second["image"]},
     {"family": "d", "image": third["image"]},
   ]
-  embedded.merge_families(records)
+  emoji_build.merge_families(records)
   assert [record["family"] for record in records] == ["a", "a", "a", "a", "d"]
 
 
 def test_tags_that_repeat_the_label_are_dropped():
-  assert embedded.own_tags("left arrow", ["arrow", "Left Arrow", "West", "west"]) == ["west"]
+  assert emoji_build.own_tags("left arrow", ["arrow", "Left Arrow", "West", "west"]) == ["west"]
 
 
 def test_tokenizer_covers_the_training_captions(splits, tokenizer):
-  assert tokenizer.id_to_piece(tokenizer.eos_id()) == embedded.END_OF_TEXT
+  assert tokenizer.id_to_piece(tokenizer.eos_id()) == emoji_build.END_OF_TEXT
   assert (tokenizer.bos_id(), tokenizer.pad_id()) == (-1, -1)
   for record in splits["train"]:
-    for text in (record["caption"], embedded.caption_with_tags(record)):
+    for text in (record["caption"], transforms.full_caption(record)):
       tokens = tokenizer.encode(text)
       assert tokenizer.unk_id() not in tokens
       assert tokenizer.decode(tokens) == text.casefold()
@@ -174,7 +174,7 @@ def test_unknown_split_names_the_known_ones():
 def test_sheet_writes_a_png(tmp_path):
   path = tmp_path / "sheet.png"
   arguments = ["--split", "C", "--out", str(path), "--columns", "4", "--limit", "6"]
-  embedded.main(["sheet", *arguments])
+  embedded.main(arguments)
   assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -182,10 +182,10 @@ def test_broken_archive_says_what_to_do(tmp_path):
   archive = tmp_path / "package.tgz"
   archive.write_bytes(b"\x1f\x8b truncated")
   with pytest.raises(SystemExit, match="delete it and build again"):
-    embedded.read_archive(archive, ("package/",))
+    emoji_build.read_archive(archive, ("package/",))
 
 
 def test_build_without_npm_says_what_to_do(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   with pytest.raises(SystemExit, match="needs the command `npm`.*install Node.js"):
-    embedded.fetch_package("emojibase-data", tmp_path)
+    emoji_build.fetch_package("emojibase-data", tmp_path)
