@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 
 from jepa_vl import evals, metrics, sharding
-from jepa_vl.data import embedded, tokenizer
+from jepa_vl.data import embedded, tokenizer, transforms
 from jepa_vl.evals import common, probes, rank, retrieval
 
 WHERE = {"source": "emoji", "path": "", "splits": ("val",)}
@@ -199,7 +199,7 @@ def test_split_has_one_caption_per_concept_and_both_styles_as_hits(encode):
   assert len(data.captions) == len(concepts) == data.relevant.shape[1]
   for r, row in zip(records, data.relevant, strict=True):
     c = concepts.index(r["concept"])
-    assert row[c] and data.captions[c]
+    assert row[c] and data.captions[c] == transforms.full_caption(r)
   assert data.relevant.sum(axis=0).min() == 2
   assert encode.split("emoji", "", "val") is data
 
