@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them: launch/test.sh [pytest arguments]
-#   launch/test.sh             the suite
-#   launch/test.sh -m slow     the tests that take minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

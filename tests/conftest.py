@@ -15,6 +15,7 @@ from absl import flags  # noqa: E402
 
 from configs import tiny  # noqa: E402
 from jepa_vl import sharding  # noqa: E402
+from jepa_vl.data import tokenizer  # noqa: E402
 
 if not flags.FLAGS.is_parsed():
   flags.FLAGS.mark_as_parsed()  # what absl's app.run does; grain's workers insist on it
@@ -42,4 +43,19 @@ def config():
   c.text.length = 12
   c.objective.num_slices = 64
   c.evals = type(c)()
+  return c
+
+
+@pytest.fixture(scope="session")
+def tok():
+  """The embedded tokenizer."""
+  return tokenizer.load("emoji")
+
+
+@pytest.fixture
+def cfg(config):
+  """The pipeline's configuration."""
+  c = config.copy_and_resolve_references().unlock().data
+  c.jitter_prob, c.grey_prob, c.flip = 0.5, 0.2, 0.5
+  c.image_size, c.text_length, c.readout = 16, 12, "eot"
   return c

@@ -4,12 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 import pytest
 import scipy.optimize
-from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
+from records import write
 
 from jepa_vl import evals, metrics, sharding
 from jepa_vl.data import embedded, tokenizer, transforms
@@ -208,10 +207,7 @@ def test_equal_images_or_equal_captions_are_hits_for_each_other(encode, tmp_path
   image = {r["concept"]: r["image"] for r in embedded.read_records("val")}
   a, b, c = list(image.values())[:3]
   pairs = [(a, "one"), (a, "two"), (b, "three"), (c, "three"), (b"broken", "four")]
-  writer = ArrayRecordWriter(str(tmp_path / "x"), "group_size:1")
-  for data, caption in pairs:
-    writer.write(msgpack.packb({"image": data, "caption": caption}))
-  writer.close()
+  write(tmp_path / "x", [{"image": data, "caption": caption} for data, caption in pairs])
   split = encode.split("array_record", str(tmp_path / "x"), "")
   assert split.captions == ["one", "two", "three"] and split.left_out == [4]
   assert split.relevant.astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]

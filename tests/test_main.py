@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 
-import msgpack
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
+from records import write
 
 from jepa_vl import metrics
 from jepa_vl.data import embedded
@@ -163,12 +162,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_pa
 
 def write_pairs(path):
   """40 pairs in one ArrayRecord file: record 7 is no image, record 21 no record, 3 is long."""
-  writer = ArrayRecordWriter(str(path), "group_size:1")
-  for i, record in enumerate((embedded.read_records("val") * 2)[:40]):
-    pair = {"image": record["image"], "caption": "word " * 50 if i == 3 else record["caption"]}
-    pair |= {"image": b"no image"} if i == 7 else {}
-    writer.write(b"garbage" if i == 21 else msgpack.packb(pair))
-  writer.close()
+  keep = lambda r: {k: r[k] for k in ("image", "caption")}
+  pairs = [keep(r) for r in embedded.read_records("val")[:40]]
+  pairs[3]["caption"] = "word " * 50
+  pairs[7]["image"] = b"no image"
+  pairs[21] = b"garbage"
+  write(path, pairs)
 
 
 def test_own_data_with_damaged_records(tmp_path):

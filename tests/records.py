@@ -1,0 +1,28 @@
+"""Made-up images and records, and writing them as files."""
+
+import cv2
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+
+def png(image):
+  return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+
+
+def noise(shape, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def record(i, **changes):
+  fields = {"image": png(noise((20, 24), i)), "caption": f"number {i}", "tags": ["red", "blue"]}
+  return fields | changes
+
+
+def write(path, records):
+  """Records as ArrayRecord; bytes are written as they are, everything else as msgpack."""
+  writer = ArrayRecordWriter(str(path), "group_size:1")
+  for r in records:
+    writer.write(r if isinstance(r, bytes) else msgpack.packb(r))
+  writer.close()
+  return str(path)

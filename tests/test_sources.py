@@ -1,0 +1,50 @@
+"""Sources join their files in order, tell data sets apart and name what is broken."""
+
+import pytest
+from records import record, write
+
+from jepa_vl.data import sources
+
+
+def test_a_pattern_without_files_names_the_key():
+  with pytest.raises(FileNotFoundError, match="data.path='/nowhere/.*' matches no file"):
+    sources.open_source("array_record", "/nowhere/*.array_record", "")
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "foreign"])
+def test_a_broken_file_is_named(tmp_path, damage):
+  write(tmp_path / "a.array_record", [record(0)])
+  write(tmp_path / "b.array_record", [record(i) for i in range(99)])
+  whole = (tmp_path / "b.array_record").read_bytes()
+  content = {"empty": b"", "truncated": whole[: len(whole) // 2], "foreign": b"x" * 100_000}
+  (tmp_path / "b.array_record").write_bytes(content[damage])
+  with pytest.raises(ValueError, match="b.array_record is not a whole ArrayRecord file"):
+    sources.ArrayRecord(str(tmp_path / "*.array_record"))
+
+
+def test_files_are_joined_in_the_order_of_their_names(tmp_path):
+  write(tmp_path / "b.array_record", [record(i) for i in range(3, 7)])
+  write(tmp_path / "a.array_record", [record(i) for i in range(3)])
+  source = sources.open_source("array_record", str(tmp_path / "*.array_record"), "")
+  assert [source[i]["caption"] for i in range(len(source))] == [f"number {i}" for i in range(7)]
+
+
+def test_identity_tells_data_sets_apart(tmp_path):
+  for name, count in (("a", 3), ("b", 4)):
+    write(tmp_path / name, [record(i) for i in range(count)])
+  a, b, both, again = (sources.ArrayRecord(str(tmp_path / p)) for p in ("a", "b", "[ab]", "a"))
+  assert len({s.identity for s in (a, b, both)}) == 3
+  assert a.identity == again.identity
+  assert a.identity.startswith("3 records, ")
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("tfds", "data.source must be one of emoji, array_record, got 'tfds'"),
+    ("array_record", "data.path is empty"),
+  ],
+)
+def test_open_source_says_what_is_missing(name, message):
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(name, "", "train")

@@ -1,0 +1,207 @@
+"""Decoding, crops and colours have torchvision's semantics; captions draw their tags evenly."""
+
+import collections
+import colorsys
+
+import numpy as np
+import pytest
+from records import noise, png
+
+from jepa_vl.data import transforms
+from jepa_vl.data.transforms import DamagedRecord
+
+# --- captions
+
+
+def test_training_caption_draws_every_subset_size_and_order_alike():
+  r = {"caption": "c", "tags": ["t0", "t1", "t2"]}
+  rng, draws = np.random.default_rng(0), 6000
+  found = collections.Counter(transforms.training_caption(r, rng, 0.5) for _ in range(draws))
+  assert len(found) == 1 + 3 + 6 + 6  # alone, and the ordered subsets of one, two, three tags
+  assert found["c"] / draws == pytest.approx(0.5, abs=0.03)
+  for subset, count in found.items():
+    if size := subset.count(","):
+      share = 0.5 / 3 / {1: 3, 2: 6, 3: 6}[size]
+      assert count / draws == pytest.approx(share, abs=0.012), subset
+
+
+@pytest.mark.parametrize("tags", [{}, {"tags": []}, {"tags": None}])
+def test_a_caption_without_tags_stands_alone(tags):
+  r = {"caption": "c", **tags}
+  assert transforms.training_caption(r, np.random.default_rng(0), 1.0) == "c"
+  assert transforms.full_caption(r) == "c"
+
+
+def test_full_caption_keeps_the_tags_in_order():
+  r = {"caption": "c", "tags": ["b", "a"]}
+  assert transforms.full_caption(r) == "c, b, a"
+
+
+# --- images
+
+
+def test_decode_is_rgb():
+  image = noise((5, 7))
+  np.testing.assert_array_equal(transforms.decode(png(image)), image)
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", None, "text", 3])
+def test_decode_refuses_what_is_no_image(data):
+  with pytest.raises(DamagedRecord, match="image cannot be decoded"):
+    transforms.decode(data)
+
+
+SHAPES = [(1, 1), (3, 500), (500, 3), (1, 20_000), (37, 64), (64, 64), (200, 20), (15, 17)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", [1.0, 256 / 224])
+def test_centre_crop_has_the_size_and_keeps_a_flat_colour(shape, ratio):
+  image = np.full((*shape, 3), (10, 100, 200), np.uint8)
+  cropped = transforms.centre_crop(image, 16, ratio)
+  assert cropped.shape == (16, 16, 3)
+  assert (cropped == (10, 100, 200)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_centre_crop_takes_the_centre(axis):
+  """Of a 1:8 ramp, the middle eighth: half of it at each side of the middle value."""
+  ramp = np.repeat(np.linspace(0, 255, 256)[:, None], 32, axis=1)
+  image = np.repeat(np.round(ramp)[..., None], 3, axis=2).astype(np.uint8)
+  cropped = transforms.centre_crop(np.swapaxes(image, 0, axis), 16, 1.0).astype(float)
+  assert cropped.mean() == pytest.approx(127.5, abs=1)
+  assert np.ptp(cropped) == pytest.approx(30, abs=2)
+
+
+def test_centre_crop_keeps_the_share_of_the_shorter_side():
+  ramp = np.repeat(np.arange(128, dtype=np.uint8)[:, None, None], 128, axis=1).repeat(3, axis=2)
+  assert np.ptp(transforms.centre_crop(ramp, 32, 1.0)) == pytest.approx(124, abs=2)
+  assert np.ptp(transforms.centre_crop(ramp, 32, 2.0)) == pytest.approx(62, abs=2)
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64), (64, 64)])
+def test_resize_does_not_alias_along_a_side_that_shrinks(shape):
+  """One-pixel lines, one in four, average out, also when the other side grows."""
+  shrinking = [axis for axis in (0, 1) if shape[axis] > 16]
+  lines = np.indices(shape)[shrinking].sum(axis=0) % 4 == 1
+  image = np.repeat(255 * lines[..., None], 3, axis=2).astype(np.uint8)
+  resized = transforms.resize(image, 16, 16)
+  assert resized.shape == (16, 16, 3)
+  assert np.abs(resized - 255 / 4).max() <= 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_resized_crop_has_the_size(shape):
+  image = np.full((*shape, 3), 7, np.uint8)
+  for seed in range(3):
+    crop = transforms.random_resized_crop(image, 16, np.random.default_rng(seed), (0.05, 1.0))
+    assert crop.shape == (16, 16, 3) and (crop == 7).all()
+
+
+def boxes(monkeypatch, shape, scale, draws=300):
+  """(top, left, height, width) of the boxes that random_resized_crop cuts."""
+  coordinates = np.stack([*np.indices(shape), np.zeros(shape)], axis=-1)
+  found = []
+
+  def spy(image, height, width):
+    found.append((*image[0, 0, :2], *image.shape[:2]))
+
+  monkeypatch.setattr(transforms, "resize", spy)
+  rng = np.random.default_rng(0)
+  for _ in range(draws):
+    transforms.random_resized_crop(coordinates, 16, rng, scale)
+  return np.array(found)
+
+
+def test_crop_boxes_cover_the_stated_areas_aspects_and_places(monkeypatch):
+  top, left, h, w = boxes(monkeypatch, (120, 120), (0.2, 0.6)).T
+  area, aspect = h * w / 120**2, w / h
+  assert 0.19 < area.min() < 0.23 and 0.57 < area.max() < 0.61
+  assert area.mean() == pytest.approx(0.4, abs=0.03)
+  assert 0.73 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.36
+  assert np.log(aspect).mean() == pytest.approx(0, abs=0.04)
+  for start, room in ((top, 120 - h), (left, 120 - w)):
+    place = start / room
+    assert place.min() >= 0 and place.max() <= 1 and np.mean(place) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(
+  ("shape", "box"),
+  [((90, 180), (0, 30, 90, 120)), ((180, 90), (30, 0, 120, 90)), ((1, 9), (0, 4, 1, 1))],
+)
+def test_an_image_that_no_box_fits_gives_its_centre_at_the_nearest_aspect(monkeypatch, shape, box):
+  assert set(map(tuple, boxes(monkeypatch, shape, (0.95, 1.0), 5).tolist())) == {box}
+
+
+def test_jitter_of_no_strength_is_the_identity():
+  image = noise((16, 16))
+  found = transforms.colour_jitter(image, np.random.default_rng(0), 0, 0, 0, 0)
+  assert np.abs(found.astype(int) - image).max() <= 1
+
+
+@pytest.mark.parametrize(
+  ("strengths", "check"),
+  [
+    ((0.5, 0, 0, 0), lambda x, y: y.mean() / x.mean()),
+    ((0, 0.5, 0, 0), lambda x, y: y.std() / x.std()),
+    ((0, 0, 0.5, 0), lambda x, y: np.ptp(y, axis=2).mean() / np.ptp(x, axis=2).mean()),
+  ],
+)
+def test_jitter_scales_brightness_contrast_or_saturation(strengths, check):
+  """By factors from [0.5, 1.5]; the image stays within a range where nothing clips."""
+  image = (100 + noise((16, 16)) / 255 * 50).astype(np.uint8)
+  factors = [
+    check(image.astype(float), transforms.colour_jitter(image, rng, *strengths).astype(float))
+    for rng in map(np.random.default_rng, range(60))
+  ]
+  assert 0.45 < min(factors) < 0.6 and 1.4 < max(factors) < 1.55
+
+
+def test_saturation_keeps_each_pixels_luma_and_contrast_the_mean():
+  image = (100 + noise((16, 16)) / 255 * 50).astype(np.uint8)
+  luma = lambda x: x.astype(float) @ (0.299, 0.587, 0.114)
+  for rng in map(np.random.default_rng, range(10)):
+    found = transforms.colour_jitter(image, rng, 0, 0, 0.5, 0)
+    assert np.abs(luma(found) - luma(image)).max() <= 1.5
+    found = transforms.colour_jitter(image, rng, 0, 0.5, 0, 0)
+    assert luma(found).mean() == pytest.approx(luma(image).mean(), abs=0.5)
+
+
+@pytest.mark.parametrize("turn", [-0.5, 0.5, 0.25])
+def test_hue_turns_keep_saturation_and_value(turn):
+  image = np.array([[[200, 40, 40], [30, 90, 160]]], np.float32) / 255
+  found = transforms._shift_hue(image, turn)
+  for before, after in zip(image[0], found[0], strict=True):
+    h, s, v = colorsys.rgb_to_hsv(*before.tolist())
+    np.testing.assert_allclose(after, colorsys.hsv_to_rgb((h + turn) % 1, s, v), atol=1e-4)
+
+
+def test_greyscale_is_luma_in_equal_channels():
+  image = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
+  assert transforms.greyscale(image)[0].tolist() == [[v] * 3 for v in (76, 150, 29, 255)]
+
+
+@pytest.mark.parametrize(
+  ("key", "expected"),
+  [
+    ("flip", lambda image: image[:, ::-1]),
+    ("grey_prob", transforms.greyscale),
+    (None, lambda image: image),
+  ],
+)
+def test_standard_applies_what_the_config_asks_for(cfg, key, expected):
+  cfg.crop_scale, cfg.flip, cfg.jitter_prob, cfg.grey_prob = (1.0, 1.0), 0.0, 0.0, 0.0
+  if key:
+    cfg[key] = 1.0
+  image = noise((16, 16))
+  for seed in range(5):  # the only box of all the area is the whole image
+    found = transforms.standard(image, np.random.default_rng(seed), 16, cfg)
+    np.testing.assert_array_equal(found, expected(image))
+    assert found.flags.c_contiguous
+
+
+def test_resize_only_draws_nothing(cfg):
+  rng = np.random.default_rng(0)
+  before = rng.bit_generator.state
+  assert transforms.AUGMENT["resize"](noise((20, 30)), rng, 16, cfg).shape == (16, 16, 3)
+  assert rng.bit_generator.state == before
