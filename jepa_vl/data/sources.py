@@ -73,25 +73,31 @@ def _open(paths):
   return array_record_data_source.ArrayRecordDataSource(paths)
 
 
-SOURCES = {
-  "emoji": lambda path, split: ArrayRecord(embedded.split_path(split)),
-  "array_record": lambda path, split: ArrayRecord(path),
-}
+def _emoji(path, split):
+  return ArrayRecord(embedded.split_path(split))
+
+
+def _array_record(path, split):
+  if not path:
+    raise ValueError(
+      "data.path is empty, and data.source='array_record' needs one. Give the pattern of your "
+      "training records, --config.data.path='/data/pairs/train-*.array_record', and a tokenizer, "
+      "--config.text.tokenizer=captions.model (README, 'Your own data', shows how to make both); "
+      "or try the program on the embedded dataset: --config=configs/tiny.py"
+    )
+  return ArrayRecord(path)
+
+
+# name: function (path, split) -> source; `split` is of embedded ones, `path` of the others
+SOURCES = {"emoji": _emoji, "array_record": _array_record}
 
 
 def open_source(name, path, split):
-  """The source `name` of SOURCES; `path` for those that need one, `split` for embedded ones.
+  """The source `name` of SOURCES.
 
   Raises:
     ValueError: unknown name, or a path that is needed and empty.
   """
   if name not in SOURCES:
     raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {name!r}")
-  if name != "emoji" and not path:
-    raise ValueError(
-      f"data.path is empty, and data.source={name!r} needs one. Give the pattern of your training "
-      "records, --config.data.path='/data/pairs/train-*.array_record', and a tokenizer, "
-      "--config.text.tokenizer=captions.model (README, \"Your own data\", shows how to make both); "
-      "or try the program on the embedded dataset: --config=configs/tiny.py"
-    )
   return SOURCES[name](path, split)
