@@ -34,6 +34,7 @@ def get_config():
   c.model.embed_dim = 256  # D; 256 in the released ViT-B, 768 in the release's configs
   c.model.hidden_dim = 2048  # of embedding heads and predictors
   c.model.predictor_depth = 4  # hidden layers; 0 removes the predictors
+  c.model.predictor_dropout = 0.0  # 0 in both releases, 0.1 in a summary of the paper
   c.model.scan = True  # one compiled layer in a loop; False: unrolled, same numbers
   c.model.remat = "none"  # none, dots, full: what the backward pass recomputes
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU

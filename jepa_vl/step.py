@@ -20,21 +20,18 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
   Running statistics pass through the micro-batches in order.
 
   metrics: float32 scalars `loss`, `grad_norm`, `param_norm` (after the step), one per objective
-  term, and `metrics.diagnostics`
-  of the last micro-batch, computed in every `log_every`-th step and zero in the others.
+  term, and `metrics.diagnostics` of the last micro-batch, computed in every `log_every`-th step
+  and zero in the others.
   """
-
-  def diagnose(out, due):
-    out = {k: out[k] for k in ("z_img", "z_txt", "p_img", "p_txt")}
-    diagnostics = metrics_lib.diagnostics
-    zeros = lambda out: jax.tree.map(jnp.zeros_like, jax.eval_shape(diagnostics, out))
-    return jax.lax.cond(due, diagnostics, zeros, jax.lax.stop_gradient(out))
 
   def loss_fn(params, batch_stats, batch, rng, due):
     variables = {"params": params, "batch_stats": batch_stats}
-    out, new = model.apply(variables, batch, train=True, mutable=["batch_stats"])
-    loss, terms = objective(out, rng)
-    return loss, ({"loss": loss, **terms}, diagnose(out, due), new["batch_stats"])
+    rng_objective, rng_dropout = jax.random.split(rng)
+    out, new = model.apply(
+      variables, batch, train=True, mutable=["batch_stats"], rngs={"dropout": rng_dropout}
+    )
+    loss, terms = objective(out, rng_objective)
+    return loss, ({"loss": loss, **terms}, _diagnose(out, due), new["batch_stats"])
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -73,6 +70,14 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
     return TrainState(state.step + 1, params, batch_stats, opt), metrics
 
   return train_step
+
+
+def _diagnose(out, due):
+  """`metrics.diagnostics` of the embeddings and predictions where `due`, else zeros."""
+  out = {k: out[k] for k in ("z_img", "z_txt", "p_img", "p_txt")}
+  diagnostics = metrics_lib.diagnostics
+  zeros = lambda out: jax.tree.map(jnp.zeros_like, jax.eval_shape(diagnostics, out))
+  return jax.lax.cond(due, diagnostics, zeros, jax.lax.stop_gradient(out))
 
 
 def _every(x, stride, i):

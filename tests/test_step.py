@@ -45,7 +45,7 @@ def first_step(config, mesh_sizes):
   state = state_lib.init_state(run.model, run.tx, run.mesh, c.seed)
   before = jax.device_get(state)
   batch = sharding.put_batch(example(c, run.model.vocab_size), run.mesh)
-  with sharding.use_mesh(run.mesh):
+  with jax.set_mesh(run.mesh):
     state, metrics = run.train_step(state, batch)
   return before, state, jax.device_get(metrics)
 
@@ -133,7 +133,8 @@ def test_accumulation_is_the_mean_over_micro_batches(config):
       out, new = run.model.apply(
         {"params": params, "batch_stats": stats}, rows, train=True, mutable="batch_stats"
       )
-      return objective(out, jax.random.fold_in(rng, i))[0], new["batch_stats"]
+      rng_objective = jax.random.split(jax.random.fold_in(rng, i))[0]
+      return objective(out, rng_objective)[0], new["batch_stats"]
 
     (loss, stats), g = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(start.params)
     losses.append(loss)
@@ -165,6 +166,30 @@ def test_stop_gradient_stops(config, stop_gradient):
   for name in ("text", "text_head"):
     assert (norm(name) == 0) == stop_gradient
   assert norm("text_predictor") == 0
+
+
+def test_predictor_dropout_acts_on_predictions_in_training_alone(config):
+  """Embeddings stay, predictions differ with the key, and evaluation knows no dropout."""
+  outs = {}
+  for rate in (0.0, 0.5):
+    config.model.predictor_dropout = rate
+    run = build(config)
+    state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
+    batch = example(config, run.model.vocab_size)
+    apply = lambda train, key, run=run, state=state, batch=batch: run.model.apply(
+      state.variables, batch, train=train, mutable="batch_stats",
+      rngs={"dropout": jax.random.key(key)},
+    )[0]  # fmt: skip
+    outs[rate] = [apply(True, 0), apply(True, 1), apply(False, 0)]
+  same = lambda a, b, names: all(jnp.allclose(a[k], b[k], atol=1e-6) for k in names)
+  z, p = ("z_img", "z_txt"), ("p_img", "p_txt")
+  for without, with_dropout in zip(outs[0.0], outs[0.5], strict=True):
+    assert same(without, with_dropout, z)
+  assert same(outs[0.0][0], outs[0.0][1], p) and same(outs[0.0][2], outs[0.5][2], p)
+  for a, b in ((outs[0.5][0], outs[0.5][1]), (outs[0.0][0], outs[0.5][0])):
+    assert not any(same(a, b, (k,)) for k in p)
+  _, state, metrics = first_step(config, ALONE)  # the step has a key for it
+  assert np.isfinite(metrics["loss"])
 
 
 def test_weights_are_applied_once(config):
@@ -204,7 +229,7 @@ def test_loss_falls_on_sixteen_pairs(config):
   state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
   batch = sharding.put_batch(example(config, run.model.vocab_size), run.mesh)
   losses = []
-  with sharding.use_mesh(run.mesh):
+  with jax.set_mesh(run.mesh):
     for _ in range(40):
       state, metrics = run.train_step(state, batch)
       losses.append(float(metrics["loss"]))

@@ -20,6 +20,7 @@ class Head(nn.Module):
   depth: int
   hidden_dim: int
   out_dim: int
+  dropout: float
   dtype: Any
 
   @nn.compact
@@ -36,6 +37,7 @@ class Head(nn.Module):
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name=f"bn_{i}"
       )(x)
       x = nn.gelu(x, approximate=False)
+      x = nn.Dropout(self.dropout, deterministic=not train)(x)
     bound = self.hidden_dim**-0.5
     bias_init = lambda key, shape, dtype: nn.initializers.uniform(2 * bound)(key, shape) - bound
     x = nn.Dense(

@@ -34,6 +34,7 @@ class TwoTower(nn.Module):
   embed_dim: int
   hidden_dim: int
   predictor_depth: int
+  predictor_dropout: float
   vocab_size: int
   text_length: int
   readout: str
@@ -56,10 +57,12 @@ class TwoTower(nn.Module):
     self.text = GPT(
       vocab_size=self.vocab_size, length=self.text_length, readout=self.readout, **common
     )
-    head = lambda depth: Head(depth, self.hidden_dim, self.embed_dim, self.dtype)
-    self.image_head, self.text_head = head(1), head(1)
-    self.image_predictor = head(self.predictor_depth)
-    self.text_predictor = head(self.predictor_depth)
+    head = lambda depth, dropout: Head(
+      depth, self.hidden_dim, self.embed_dim, dropout, self.dtype
+    )
+    self.image_head, self.text_head = head(1, 0.0), head(1, 0.0)
+    self.image_predictor = head(self.predictor_depth, self.predictor_dropout)
+    self.text_predictor = head(self.predictor_depth, self.predictor_dropout)
 
   def __call__(self, batch, *, train):
     out = {}
@@ -94,6 +97,7 @@ def from_config(model, text, *, vocab_size, dtype):
     embed_dim=model.embed_dim,
     hidden_dim=model.hidden_dim,
     predictor_depth=model.predictor_depth,
+    predictor_dropout=model.predictor_dropout,
     vocab_size=vocab_size,
     text_length=text.length,
     readout=text.readout,
