@@ -11,6 +11,10 @@ import orbax.checkpoint as ocp
 log = logging.getLogger(__name__)
 
 
+class Damaged(Exception):
+  """A checkpoint that cannot be read; the message says why."""
+
+
 class Checkpoints:
   """The checkpoints of one workdir, `workdir/checkpoints/STEP`.
 
@@ -58,16 +62,9 @@ class Checkpoints:
     damaged = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        meta = meta["meta"]
-      except Exception as e:  # tensorstore, orbax and json each raise their own
-        damaged[step] = _first_line(e)
-        continue
-      check(meta)
-      try:
-        state = _restore_state(self._manager, step, abstract_state, meta)
-      except Exception as e:
-        damaged[step] = _first_line(e)
+        state = _read_step(self._manager, step, abstract_state, check)
+      except Damaged as e:
+        damaged[step] = e
         continue
       self._set_aside(damaged)
       return step, state
@@ -127,14 +124,26 @@ def read(path, abstract_state, check):
     raise ValueError(f"--checkpoint={path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
   with ocp.CheckpointManager(folder) as manager:
     try:
-      meta = manager.restore(int(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    except Exception as e:
-      raise ValueError(f"--checkpoint={path} cannot be read: {_first_line(e)}") from e
-    check(meta["meta"])
-    try:
-      return _restore_state(manager, int(step), abstract_state, meta["meta"])
-    except Exception as e:
-      raise ValueError(f"the arrays of --checkpoint={path} cannot be read: {_first_line(e)}") from e
+      return _read_step(manager, int(step), abstract_state, check)
+    except Damaged as e:
+      raise ValueError(f"--checkpoint={path} cannot be read: {e}") from e
+
+
+def _read_step(manager, step, abstract_state, check):
+  """The state of one step; raises Damaged, or whatever `check(meta)` raises."""
+  try:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+  except Exception as e:  # tensorstore, orbax and json each raise their own
+    raise Damaged(_first_line(e)) from e
+  check(meta)
+  try:
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    state = manager.restore(step, args=args)["state"]
+  except Exception as e:
+    raise Damaged(_first_line(e)) from e
+  if fingerprint(state) != meta["fingerprint"]:
+    raise Damaged("its arrays are not those that were saved (checksum differs)")
+  return state
 
 
 @jax.jit
@@ -150,14 +159,6 @@ def fingerprint(state):
   The storage format notices a truncated file but not a changed byte in an array.
   """
   return int(_sum_of_words(state))
-
-
-def _restore_state(manager, step, abstract_state, meta):
-  args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-  state = manager.restore(step, args=args)["state"]
-  if fingerprint(state) != meta["fingerprint"]:
-    raise ValueError("its arrays are not those that were saved (checksum differs)")
-  return state
 
 
 def _first_line(error):

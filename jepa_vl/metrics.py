@@ -70,7 +70,11 @@ def singular_values(z):
 
 def effective_rank(z):
   """exp of the entropy of the normalised singular values of the centred batch; in [1, D]."""
-  s = singular_values(z)
+  return rank_of_spectrum(singular_values(z))
+
+
+def rank_of_spectrum(s):
+  """exp of the entropy of singular values s (D,), normalised."""
   p = s / (jnp.sum(s) + 1e-12)
   return jnp.exp(-jnp.sum(p * jnp.log(p + 1e-12)))
 
@@ -160,7 +164,7 @@ class Progress:
     self._redirect.__exit__(*error)
     self._bar.close()
 
-  def step(self, step, loss):
+  def step(self, step):
     """Moves the bar to `step`."""
     self._bar.update(step - self._seen)
     self._seen = step

@@ -1,6 +1,5 @@
 """The mesh, the table of parameter shardings, and moving host arrays on to the mesh."""
 
-import contextlib
 import re
 
 import jax
@@ -55,19 +54,18 @@ def constrain(x, *axes):
   return jax.lax.with_sharding_constraint(x, P(*(BATCH if a == "batch" else a for a in axes)))
 
 
-def use_mesh(mesh):
-  """Context in which `constrain` acts; does nothing for mesh=None."""
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
 def path_name(path):
   """Tree path -> "params/image/tower/blocks/attn/qkv/kernel"."""
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def _rule(name):
+  return next(spec for pattern, spec in RULES if re.search(pattern, name))
+
+
 def spec_for(name, shape, mesh):
   """PartitionSpec of one leaf by RULES; an axis that does not divide its dimension is dropped."""
-  spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+  spec = _rule(name)
   if len(spec) > len(shape):
     return P()
   return P(*(a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)))
@@ -85,8 +83,7 @@ def undivided(tree, mesh):
   names = []
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
     name = path_name(path)
-    wanted = next(spec for pattern, spec in RULES if re.search(pattern, name))
-    for i, axis in enumerate(wanted[: len(x.shape)]):
+    for i, axis in enumerate(_rule(name)[: len(x.shape)]):
       if axis and mesh.shape[axis] > 1 and x.shape[i] % mesh.shape[axis]:
         names.append(f"{name} {tuple(x.shape)}: {x.shape[i]} over {axis}={mesh.shape[axis]}")
   return names

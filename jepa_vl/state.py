@@ -46,19 +46,17 @@ def abstract_state(model, tx, mesh):
   return jax.tree.map(as_struct, shapes, shardings)
 
 
-def init_variables(model, mesh, seed):
-  """What `init_state` starts from, without the optimizer: the untrained network."""
-  init = init_fn(model, optax.identity())
-  shardings = sharding.shardings_of(jax.eval_shape(init, jax.random.key(seed)), mesh)
-  with sharding.use_mesh(mesh):
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed)).variables
-
-
 def init_state(model, tx, mesh, seed):
   """The initial state on the mesh; each device makes only its own shards."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
-  with sharding.use_mesh(mesh):
-    return jax.jit(init_fn(model, tx), out_shardings=shardings)(jax.random.key(seed))
+  init = init_fn(model, tx)
+  shardings = sharding.shardings_of(jax.eval_shape(init, jax.random.key(seed)), mesh)
+  with jax.set_mesh(mesh):
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def init_variables(model, mesh, seed):
+  """The variables that `init_state` starts from, without an optimizer: the untrained network."""
+  return init_state(model, optax.identity(), mesh, seed).variables
 
 
 def count(params):

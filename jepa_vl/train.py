@@ -91,7 +91,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       meter.step(time.perf_counter() - wait if steps.device_idle() else 0.0)
       counters.add(batch)
       rows = sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS}, run.mesh)
-      with sharding.use_mesh(run.mesh):
+      with jax.set_mesh(run.mesh):
         state, values = run.train_step(state, rows)
       steps.flush(progress)  # the step before, while this one runs
       steps.push(step + 1, values, counters)
@@ -137,12 +137,19 @@ class StepLog:
     if not self._pending:
       return
     (step, values, counts), self._pending = self._pending, None
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
-    self._check_finite(step, values)
-    progress.step(step, values["loss"])
+    logged = step % self._config.log_every == 0
+    # The loss sums the terms, so these three tell whether anything is not finite.
+    watched = ("loss", "grad_norm", "param_norm")
+    few = jax.device_get({k: values[k] for k in watched})
+    finite = all(math.isfinite(v) for v in few.values())
+    if logged or not finite:
+      values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not finite:
+      self._stop(step, [k for k, v in values.items() if not math.isfinite(v)])
+    progress.step(step)
     if step == self._start + 1:
       self._meter.read()  # the first step's time is compilation
-    if step % self._config.log_every:
+    if not logged:
       return
     rates = self._meter.read()
     values |= {"lr": float(self._schedule(step - 1)), **rates, **counts}
@@ -163,10 +170,7 @@ class StepLog:
       self._warned.add(kind)
       log.warning("%s", text)
 
-  def _check_finite(self, step, values):
-    bad = [k for k, v in values.items() if not math.isfinite(v)]
-    if not bad:
-      return
+  def _stop(self, step, bad):
     self._checkpoints.wait()
     last = self._checkpoints.latest
     good = self._checkpoints.path(last) if last is not None else "none was saved yet"
@@ -250,21 +254,26 @@ def evaluate(run, encode, variables, step, writer):
 
 def finish(run, encode, state, step, writer, workdir):
   """Final evaluation beside its floors: the printed table, results.json and report.html."""
-  if not run.config.evals:
-    log.info("done at step %d; no evaluations are configured", step)
-    return
   variables = state.variables
   trained = evaluate(run, encode, variables, step, writer)
   pictures = evals.pictures(encode, variables, run.config.evals)
-  untrained = state_lib.init_variables(run.model, run.mesh, run.config.seed)
-  table = evals.table(trained, evals.run_all(encode, untrained, run.mesh, run.config.evals))
+  table = table_with_floors(run, encode, trained)
   if jax.process_index():
     return
   with open(os.path.join(workdir, "results.json"), "w") as f:
     json.dump({"step": step, "seed": run.config.seed, "rows": table}, f, indent=1)
   path = report.write(workdir, config=run.meta["config"], results=table, **pictures)
-  print(evals.format_table(table))
+  if table:
+    print(evals.format_table(table))
   log.info("all figures: %s; report: %s", os.path.join(workdir, "results.json"), path)
+
+
+def table_with_floors(run, encode, trained):
+  """Rows of `evals.table`: each figure beside the untrained network's and its other floors."""
+  if not trained:
+    return []
+  untrained = state_lib.init_variables(run.model, run.mesh, run.config.seed)
+  return evals.table(trained, evals.run_all(encode, untrained, run.mesh, run.config.evals))
 
 
 def evaluate_checkpoint(config, path):
@@ -273,7 +282,5 @@ def evaluate_checkpoint(config, path):
   state = checkpoint.read(path, run.abstract_state, check=lambda meta: check_resume(meta, run))
   encode = make_encode(run)
   trained = evals.run_all(encode, state.variables, run.mesh, config.evals)
-  untrained = state_lib.init_variables(run.model, run.mesh, config.seed)
-  floors = evals.run_all(encode, untrained, run.mesh, config.evals)
-  print(evals.format_table(evals.table(trained, floors)))
+  print(evals.format_table(table_with_floors(run, encode, trained)))
   return 0

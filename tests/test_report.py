@@ -9,7 +9,8 @@ import pytest
 from jepa_vl.evals import report
 
 NASTY = '<script>alert("🦙 & co")</script>'
-EMPTY = {"config": {}, "results": [], "spectra": None, "retrieval": None, "patches": None}
+EMPTY = {"config": {}, "results": [], "notes": {}}
+EMPTY |= dict.fromkeys(("spectra", "retrieval", "patches"))
 
 
 def row(evaluation, split, metric, value, **floors):

@@ -7,6 +7,7 @@ floors, the same key followed by "@random", "@majority" or "@raw_pixels".
 import numpy as np
 
 from jepa_vl import metrics
+from jepa_vl.data import embedded
 from jepa_vl.evals import common, probes, rank, retrieval, zeroshot
 
 EVALS = {
@@ -15,9 +16,6 @@ EVALS = {
   "probe": probes.run,
   "rank": rank.run,
 }
-
-FLOORS = ("random", "majority", "raw_pixels")
-
 
 def check(cfg):
   """Raises ValueError if the config's `evals` sub-tree names an unknown evaluation."""
@@ -40,22 +38,22 @@ def table(trained, untrained):
   rows = []
   for name, figures in trained.items():
     for key, value in figures.items():
-      if any(key.endswith(f"@{floor}") for floor in FLOORS):
+      if any(key.endswith(f"@{floor}") for floor in common.FLOORS):
         continue
       split, metric = key.split("/", 1)
       row = {"evaluation": name, "split": split, "metric": metric, "value": value}
       row["untrained"] = untrained[name][key]
-      row |= {floor: figures.get(f"{key}@{floor}") for floor in FLOORS}
+      row |= {floor: figures.get(f"{key}@{floor}") for floor in common.FLOORS}
       rows.append(row)
   return rows
 
 
 def format_table(rows):
   """The headline rows as text: figure, then its floors."""
-  columns = ("value", "untrained", *FLOORS)
+  columns = ("value", "untrained", *common.FLOORS)
   lines = ["", f"{'':44s}" + "".join(f"{c.replace('_', ' '):>12s}" for c in columns)]
   for row in rows:
-    if row["evaluation"] in ("retrieval", "zeroshot") and "avg/" not in row["metric"]:
+    if not common.is_headline(row["metric"]):
       continue
     cells = "".join(f"{'-' if row[c] is None else format(row[c], '.3f'):>12s}" for c in columns)
     lines.append(f"{row['evaluation'] + ' ' + row['split'] + ' ' + row['metric']:44s}{cells}")
@@ -65,11 +63,11 @@ def format_table(rows):
 def pictures(encode, variables, cfg):
   """What the report draws, from the last split of the `retrieval` evaluation: see report.write."""
   if "retrieval" not in cfg:
-    return {"spectra": None, "retrieval": None, "patches": None}
+    return {"spectra": None, "retrieval": None, "patches": None, "notes": {}}
   source, path, split = cfg.retrieval.source, cfg.retrieval.path, cfg.retrieval.splits[-1]
   data = encode.split(source, path, split)
   features = encode.features(variables, source, path, split)
-  batch = {"image": data.images[:: max(len(data.images) // 12, 1)][:12]}
+  images = data.images[:: max(len(data.images) // 12, 1)][:12]
   return {
     "spectra": {
       "image": np.asarray(metrics.singular_values(features["z_img"])),
@@ -82,5 +80,6 @@ def pictures(encode, variables, cfg):
       "similarity": common.similarity(features, features, "avg"),
       "relevant": data.relevant,
     },
-    "patches": {"images": batch["image"], "features": encode.patches(variables, batch["image"])},
+    "notes": {s: embedded.SPLITS[s] for s in cfg.retrieval.splits if source == "emoji"},
+    "patches": {"images": images, "features": encode.patches(variables, images)},
   }

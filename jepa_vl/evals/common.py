@@ -99,7 +99,7 @@ class Encode:
     parts = []
     for start in range(0, count, B):
       batch = {k: self._put(_pad(v[start : start + B], B)) for k, v in rows.items()}
-      with sharding.use_mesh(self.mesh):
+      with jax.set_mesh(self.mesh):
         parts.append(keep(self.apply(variables, batch)))
     parts = multihost_utils.process_allgather(parts, tiled=True)
     return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
@@ -158,6 +158,15 @@ READINGS = {
   "predictions": (("p_img", "p_txt"),),
   "avg": (("p_img", "z_txt"), ("z_img", "p_txt")),
 }
+
+
+# Floors that an evaluation may give beside a figure, as the figure's key and "@" and the name.
+FLOORS = ("random", "majority", "raw_pixels")
+
+
+def is_headline(metric):
+  """Whether a metric is in the reading to be read for LeVLJEPA, `avg`, or in none."""
+  return all(part == "avg" for part in metric.split("/") if part in READINGS)
 
 
 def similarity(images, texts, reading):

@@ -10,14 +10,14 @@ import os
 import numpy as np
 
 from jepa_vl.evals import common
-from jepa_vl.metrics import read_jsonl
+from jepa_vl.metrics import rank_of_spectrum, read_jsonl
 
 QUERIES, TOP_CAPTIONS, TOP_IMAGES = 8, 5, 8
 THUMBNAIL = 96  # pixels; a page of full-size images would be tens of megabytes
-FLOORS = ("untrained", "random", "majority", "raw_pixels")
+FLOORS = ("untrained", *common.FLOORS)
 
-# the settings that stand above the whole configuration
-TELLING = {
+# part of the config -> the keys that stand above the whole of it
+MAIN_KEYS = {
   "data": ("source",),
   "objective": ("name", "align", "lambda_img", "lambda_txt"),
   "model": ("size", "image_size", "patch_size", "embed_dim"),
@@ -105,7 +105,7 @@ li.hit { color: #0a7a2f; font-weight: bold; }
 """
 
 
-def write(workdir, *, config, results, spectra, retrieval, patches, notes=None):
+def write(workdir, *, config, results, spectra, retrieval, patches, notes):
   """Writes workdir/report.html and returns its path.
 
   config: nested dict; results: rows of `evals.table`; spectra: {name: (D,) singular values};
@@ -115,7 +115,7 @@ def write(workdir, *, config, results, spectra, retrieval, patches, notes=None):
   """
   metrics = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
   evals = read_jsonl(os.path.join(workdir, "evals.jsonl"))
-  sections = [_overview(config, metrics), _results(results, notes or {}), _training(metrics)]
+  sections = [_overview(config, metrics), _results(results, notes), _training(metrics)]
   sections.append(_progress(evals))
   if spectra is not None:
     sections.append(_spectra(spectra))
@@ -146,7 +146,7 @@ def _overview(config, metrics):
     names |= {"examples_per_s": "examples/s"}
     facts |= {label: _number(last[key]) for key, label in names.items() if key in last}
   settings = {}
-  for part, keys in TELLING.items():
+  for part, keys in MAIN_KEYS.items():
     tree = config.get(part, {}) if part else config
     settings |= {f"{part}.{k}" if part else k: tree[k] for k in keys if k in tree}
   pretty = json.dumps(config, indent=2, default=str, ensure_ascii=False)
@@ -162,7 +162,7 @@ def _facts(values):
 
 
 def _results(rows, notes):
-  head = [r for r in rows if _is_headline(r["evaluation"], r["metric"])]
+  head = [r for r in rows if common.is_headline(r["metric"])]
   won = [_beats_floors(r) for r in head]
   won = [w for w in won if w is not None]
   text = "No evaluation has been run."
@@ -185,14 +185,6 @@ def _results(rows, notes):
     + (f"<ul>{''.join(lines)}</ul>" if notes else "")
     + (f"{legend}{_tables(head)}{details}" if rows else "")
   )
-
-
-def _is_headline(evaluation, metric):
-  """Retrieval and zero-shot have several readings, of which avg is the headline."""
-  parts = metric.split("/")
-  reading = [p for p in parts if p in common.READINGS]
-  cutoff = parts[-1] if parts[-1].startswith("R@") else None
-  return reading in ([], ["avg"]) and cutoff in (None, "R@1", "R@5", "R@10")
 
 
 def _beats_floors(row):
@@ -257,7 +249,7 @@ def _progress(records):
       split, _, metric = key.partition("/")
       is_floor = key.rpartition("@")[0] in r["metrics"]
       cutoff_shown = "R@" not in metric or metric.endswith("R@10")
-      if is_floor or not cutoff_shown or not _is_headline(r["name"], metric):
+      if is_floor or not cutoff_shown or not common.is_headline(metric):
         continue
       floors = [v for k, v in r["metrics"].items() if k.startswith(f"{key}@") and v is not None]
       line = panels.setdefault(f"{r['name']}: {metric}", {}).setdefault(split, [])
@@ -284,9 +276,7 @@ def _spectra(spectra):
   lines, longest = [], 1
   for i, (name, s) in enumerate(spectra.items()):
     s = np.asarray(s, float)
-    p = s / max(s.sum(), 1e-12)
-    rank = math.exp(-np.sum(p * np.log(p + 1e-12)))
-    label = f"{name}: effective rank {rank:.1f} of {len(s)}"
+    label = f"{name}: effective rank {float(rank_of_spectrum(s)):.1f} of {len(s)}"
     normalised = np.maximum(s / max(s[0], 1e-12), 1e-4)  # zeros have no place on a log axis
     lines.append((label, np.arange(1, len(s) + 1), normalised, {"color": f"C{i}"}))
     longest = max(longest, len(s))

@@ -46,8 +46,7 @@ def sigreg(rng, z, *, num_slices, knots, t_max, group_size, scale_rows):
   group_size = group_size or B
   if B % group_size:
     raise ValueError(
-      f"objective.group_size={group_size} does not divide the {B} rows that SIGReg sees "
-      "(batch_size / accumulate); choose a divisor, or 0 for one group of all rows"
+      f"group_size={group_size} does not divide the {B} rows; choose a divisor, or 0 for all"
     )
   with jax.named_scope("sigreg"):
     A = _directions(rng, D, num_slices)
