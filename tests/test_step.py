@@ -147,25 +147,28 @@ def test_accumulation_is_the_mean_over_micro_batches(config):
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
-def test_stop_gradient_stops(config, stop_gradient):
-  """With it, the prediction of text from an image gives the text tower no gradient at all."""
+@pytest.mark.parametrize(("term", "own", "other"), [
+  ("align/img_to_txt", "image", "text"), ("align/txt_to_img", "text", "image"),
+])  # fmt: skip
+def test_stop_gradient_stops(config, stop_gradient, term, own, other):
+  """With it, the prediction of one modality gives the predicted one's tower no gradient at all."""
   config.objective.update({"stop_gradient": stop_gradient, "lambda_img": 0.0, "lambda_txt": 0.0})
   run = build(config)
   terms = objectives.from_config(config.objective)
   state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
   batch = example(config, run.model.vocab_size)
 
-  def img_to_txt(params):
+  def loss(params):
     variables = {"params": params, "batch_stats": state.batch_stats}
     out, _ = run.model.apply(variables, batch, train=True, mutable="batch_stats")
-    return terms(out, jax.random.key(0))[1]["align/img_to_txt"]
+    return terms(out, jax.random.key(0))[1][term]
 
-  grads = jax.jit(jax.grad(img_to_txt))(state.params)
+  grads = jax.jit(jax.grad(loss))(state.params)
   norm = lambda name: sum(float(jnp.sum(jnp.abs(g))) for g in jax.tree.leaves(grads[name]))
-  assert norm("image") > 0 and norm("image_predictor") > 0
-  for name in ("text", "text_head"):
+  assert norm(own) > 0 and norm(f"{own}_predictor") > 0
+  for name in (other, f"{other}_head"):
     assert (norm(name) == 0) == stop_gradient
-  assert norm("text_predictor") == 0
+  assert norm(f"{other}_predictor") == 0
 
 
 def test_predictor_dropout_acts_on_predictions_in_training_alone(config):
@@ -208,6 +211,17 @@ def test_weights_are_applied_once(config):
   np.testing.assert_allclose(
     terms["align/img_to_txt"], np.mean((z["p_img"] - z["z_txt"]) ** 2), rtol=1e-6
   )
+
+
+def test_sigreg_draws_directions_for_each_modality_and_step(config):
+  """Equal embeddings score alike but not the same: M fresh directions for every call."""
+  z = jax.random.normal(jax.random.key(0), (16, 8))
+  out = dict.fromkeys(("z_img", "z_txt", "p_img", "p_txt"), z)
+  objective = objectives.from_config(config.objective)
+  terms = [objective(out, jax.random.key(i))[1] for i in range(2)]
+  scores = [t[f"sigreg/{m}"] for t in terms for m in ("img", "txt")]
+  assert len({float(s) for s in scores}) == 4
+  np.testing.assert_allclose(scores, np.mean(scores), rtol=0.3)
 
 
 @pytest.mark.parametrize("align", ["mse_sum", "cosine"])
