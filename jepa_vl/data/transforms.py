@@ -124,13 +124,15 @@ AUGMENT = {"standard": standard, "resize": resize_only}
 def training_caption(record, rng, tag_prob):
   """The caption or, with probability `tag_prob`, the caption and a random subset of the tags.
 
-  The tags stand in random order, so no two epochs show one image with quite the same words.
+  They stand in random order, the caption among the tags: no two epochs show one image with quite
+  the same words, and what is learned of the tags does not hang on a caption known by heart.
   """
   tags = record.get("tags") or []
   if not tags or rng.random() >= tag_prob:
     return record["caption"]
   chosen = rng.permutation(len(tags))[: rng.integers(1, len(tags) + 1)]
-  return ", ".join([record["caption"], *(tags[i] for i in chosen)])
+  parts = [record["caption"], *(tags[i] for i in chosen)]
+  return ", ".join(parts[i] for i in rng.permutation(len(parts)))
 
 
 def full_caption(record):
