@@ -147,9 +147,9 @@ class StepLog:
     if not finite:
       self._stop(step, [k for k, v in values.items() if not math.isfinite(v)])
     progress.step(step)
-    if step == self._start + 1:
-      self._meter.read()  # the first step's time is compilation
     if not logged:
+      if step == self._start + 1:
+        self._meter.read()  # its time is compilation
       return
     rates = self._meter.read()
     values |= {"lr": float(self._schedule(step - 1)), **rates, **counts}

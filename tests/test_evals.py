@@ -373,17 +373,17 @@ def test_perfect_embeddings_score_one_and_collapsed_ones_nothing(mesh):
 def test_table_pairs_figures_with_their_floors(results):
   untrained = jax.tree.map(lambda v: v / 2, results)
   rows = evals.table(results, untrained)
-  floors = tuple(f"@{name}" for name in evals.FLOORS)
+  floors = tuple(f"@{name}" for name in common.FLOORS)
   assert len(rows) == sum(not k.endswith(floors) for r in results.values() for k in r)
   for row in rows:
     key = f"{row['split']}/{row['metric']}"
     figures = results[row["evaluation"]]
     assert row["split"] == "val" and row["value"] == figures[key]
     assert row["untrained"] == pytest.approx(row["value"] / 2)
-    for floor in evals.FLOORS:
+    for floor in common.FLOORS:
       assert row[floor] == figures.get(f"{key}@{floor}")
   kinds = {
-    (row["evaluation"], *(floor for floor in evals.FLOORS if row[floor] is not None))
+    (row["evaluation"], *(floor for floor in common.FLOORS if row[floor] is not None))
     for row in rows
   }
   assert kinds == {
@@ -395,7 +395,7 @@ def test_table_pairs_figures_with_their_floors(results):
 
 
 def test_format_table_prints_headline_rows():
-  row = dict.fromkeys(("untrained", *evals.FLOORS))
+  row = dict.fromkeys(("untrained", *common.FLOORS))
   named = lambda evaluation, metric, value: {
     **row, "evaluation": evaluation, "split": "C", "metric": metric, "value": value
   }  # fmt: skip

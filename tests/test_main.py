@@ -153,6 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_pa
   assert run(f"--workdir={tmp_path}", *flags, "--config.steps=5")[0] == 0
   status, output = run(
     f"--workdir={tmp_path}", *flags, "--config.optim.lr=1e30", "--config.optim.clip=0.0",
+    "--config.checkpoint_every=1",
   )  # fmt: skip
   assert status == 1 and "Traceback" not in output, output
   assert "not finite" in output and "checkpoints/5" in output and "optim.lr" in output

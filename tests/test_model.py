@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from configs import vit_b
 from jepa_vl import state as state_lib
-from jepa_vl.model import layers, two_tower, vit
+from jepa_vl.model import heads, layers, two_tower, vit
 from jepa_vl.model.gpt import readout_positions
 
 
@@ -132,6 +133,26 @@ def test_resampling_keeps_constants_and_ramps():
   np.testing.assert_allclose(fine[5:11, 8, 2], inner[5:11], atol=1e-5)
 
 
+def test_cls_and_patch_tokens_are_read_where_they_stand(config):
+  """With the blocks silenced CLS knows nothing of the image, and token n only patch n."""
+  model = build(config)
+  variables, image = init(model), example(model, rows=1)["image"]
+  tower = variables["params"]["image"]["tower"]["blocks"]
+  for part in (tower["attn"]["out"], tower["mlp"]["down"]):
+    part["kernel"] = jnp.zeros_like(part["kernel"])
+  look = lambda image: model.apply(variables, {"image": image}, train=False)
+  before = look(image)
+  p, side = model.patch_size, model.image_size // model.patch_size
+  for n in range(side**2):
+    row, column = divmod(n, side)
+    changed = image.copy()
+    changed[:, row * p : (row + 1) * p, column * p : (column + 1) * p] ^= 255
+    after = look(changed)
+    np.testing.assert_array_equal(after["cls"], before["cls"])
+    moved = np.abs(after["patches"] - before["patches"]).max(axis=(0, 2)) > 1e-3
+    assert moved.tolist() == [i == n for i in range(side**2)]
+
+
 def test_normalisation_is_that_of_the_statistics():
   image = np.full((1, 2, 2, 3), 128, np.uint8)
   out = vit.normalise(jnp.asarray(image), "imagenet")
@@ -154,6 +175,29 @@ def test_batch_norm_uses_running_statistics_only_in_evaluation(config):
   one = model.apply(variables, {k: v[:1] for k, v in batch.items()}, train=False)
   all_rows = model.apply(variables, batch, train=False)
   np.testing.assert_allclose(one["p_img"], all_rows["p_img"][:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_head_equals_float64(train):
+  """Two of [Dense - BatchNorm - GELU (erf)], then Dense; statistics as PyTorch's momentum 0.1."""
+  head = heads.Head(depth=2, hidden_dim=7, out_dim=5, dropout=0.0, dtype=jnp.float32)
+  x = 3 * jax.random.normal(jax.random.key(1), (32, 6)) + 1
+  variables = head.init(jax.random.key(0), x, train=False)
+  found, new = head.apply(variables, x, train=train, mutable="batch_stats")
+  params = jax.tree.map(lambda v: np.asarray(v, np.float64), variables["params"])
+  h = np.asarray(x, np.float64)
+  for i in range(2):
+    h = h @ params[f"dense_{i}"]["kernel"]
+    mean, var = (h.mean(0), h.var(0)) if train else (0.0, 1.0)
+    if train:
+      stats = new["batch_stats"][f"bn_{i}"]
+      np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-4)
+    h = (h - mean) / np.sqrt(var + 1e-5)
+    h = h * params[f"bn_{i}"]["scale"] + params[f"bn_{i}"]["bias"]
+    h = h * (1 + scipy.special.erf(h / 2**0.5)) / 2
+  expected = h @ params["out"]["kernel"] + params["out"]["bias"]
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_canonical_model_has_the_published_size():
