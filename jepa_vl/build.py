@@ -37,6 +37,31 @@ FIXED_KEYS = (
 )
 
 
+MINIMUM = {
+  "seed": 0,
+  "steps": 1,
+  "batch_size": 1,
+  "accumulate": 1,
+  "log_every": 1,
+  "eval_every": 0,
+  "checkpoint_every": 0,
+  "keep_checkpoints": 1,
+  "model.image_size": 1,
+  "model.patch_size": 1,
+  "model.embed_dim": 1,
+  "model.hidden_dim": 1,
+  "model.predictor_depth": 0,
+  "text.length": 1,
+  "objective.lambda_img": 0.0,
+  "objective.lambda_txt": 0.0,
+  "objective.num_slices": 1,
+  "objective.knots": 2,
+  "objective.group_size": 0,
+  "optim.warmup": 0,
+  "data.workers": 0,
+}
+
+
 @dataclasses.dataclass
 class Run:
   """Everything that the config determines, before any array exists."""
@@ -75,18 +100,21 @@ class Run:
     }
 
 
-def build(config, *, with_data=True):
+def build(config, *, training=True):
   """Run from the config; raises ValueError or FileNotFoundError in words on bad input.
 
-  `with_data=False` leaves the training data alone, which an evaluation may not have at hand.
+  `training=False` leaves the training data and batch alone: an evaluation may be on another
+  machine.
   """
+  check_numbers(config)
   evals.check(config.evals)
   mesh = sharding.make_mesh(**config.mesh)
-  check_batch(config, mesh)
+  if training:
+    check_batch(config, mesh)
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
   data = config.data
-  source = sources.open_source(data.source, data.path, data.split) if with_data else None
+  source = sources.open_source(data.source, data.path, data.split) if training else None
   tokenizer = tokenizer_lib.load(config.text.tokenizer)
   model = two_tower.from_config(
     config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model)
@@ -97,6 +125,14 @@ def build(config, *, with_data=True):
   )
   jitted = step_lib.jit_train_step(train_step, abstract_state, mesh)
   return Run(config, mesh, source, tokenizer, model, tx, abstract_state, jitted)
+
+
+def check_numbers(config):
+  """Raises ValueError naming a number below its minimum; the rest is checked where it is used."""
+  values = flat(config.to_dict())
+  for key, least in MINIMUM.items():
+    if values[key] < least:
+      raise ValueError(f"{key} must be at least {least}, got {values[key]}")
 
 
 def check_batch(config, mesh):
@@ -164,7 +200,7 @@ def flat(tree, prefix=""):
   return items
 
 
-def check_resume(meta, run):
+def check_resume(meta, run, fixed_keys=FIXED_KEYS):
   """Refuses a checkpoint of another architecture or data set; says what else has changed.
 
   Raises:
@@ -172,7 +208,7 @@ def check_resume(meta, run):
   """
   old, new = flat(meta["config"]), flat(run.meta["config"])
   changed = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
-  fixed = [k for k in FIXED_KEYS if k in changed]
+  fixed = [k for k in fixed_keys if k in changed]
   refused = [f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in fixed]
   for what in ("data_identity", "tokenizer_identity"):
     if meta[what] != run.meta[what] and run.meta[what]:
@@ -181,7 +217,7 @@ def check_resume(meta, run):
   if refused:
     raise ValueError(
       "the checkpoint is of another run:\n  " + "\n  ".join(refused) + "\n"
-      "Use the same values, or another --workdir"
+      "Use the same values (config.json in its workdir has them), or another folder"
     )
   for key, (before, now) in changed.items():
     log.info("config changed since the checkpoint: %s: %s -> %s", key, before, now)

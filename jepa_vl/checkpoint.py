@@ -24,7 +24,9 @@ class Checkpoints:
 
   def __init__(self, directory, *, keep):
     self._directory = os.path.abspath(directory)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, cleanup_tmp_directories=True
+    )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   @property
@@ -119,10 +121,11 @@ def read(path, abstract_state, check):
   Raises:
     ValueError: from `check`, or the folder holds no readable checkpoint.
   """
-  folder, step = os.path.split(os.path.abspath(os.path.normpath(path)))
-  if not step.isdigit() or not os.path.isdir(path):
+  folder, step = os.path.split(os.path.abspath(os.path.expanduser(path)))
+  if not step.isdigit() or not os.path.isdir(os.path.join(folder, step)):
     raise ValueError(f"--checkpoint={path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
-  with ocp.CheckpointManager(folder) as manager:
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  with ocp.CheckpointManager(folder, options=options) as manager:
     try:
       return _read_step(manager, int(step), abstract_state, check)
     except Damaged as e:
@@ -141,7 +144,7 @@ def _read_step(manager, step, abstract_state, check):
     state = manager.restore(step, args=args)["state"]
   except Exception as e:
     raise Damaged(_first_line(e)) from e
-  if fingerprint(state) != meta["fingerprint"]:
+  if fingerprint(state) != meta.get("fingerprint"):
     raise Damaged("its arrays are not those that were saved (checksum differs)")
   return state
 

@@ -230,7 +230,7 @@ class Writer:
       f.write(json.dumps(record) + "\n")
 
   def _scalars(self, step, values):
-    scalars = {k: v for k, v in values.items() if isinstance(v, float) and math.isfinite(v)}
+    scalars = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
     for name, value in scalars.items():
       self._tensorboard.add_scalar(name, value, step)
     if self._wandb:
@@ -243,9 +243,13 @@ def read_jsonl(path):
     return []
   records = []
   with open(path) as f:
-    for line in f:
-      if line.endswith("\n"):
+    for number, line in enumerate(f, 1):
+      if not line.endswith("\n"):
+        break
+      try:
         records.append(json.loads(line))
+      except json.JSONDecodeError as e:
+        raise ValueError(f"{path} line {number} is no JSON ({e}); delete that line") from e
   return records
 
 
@@ -265,4 +269,9 @@ def _start_wandb(project, workdir):
       f"wandb={project!r} was asked for, but the package is not installed: pip install wandb, "
       "or leave the key empty"
     ) from e
-  return wandb.init(project=project, dir=workdir, resume="allow", id=os.path.basename(workdir))
+  path = os.path.join(workdir, "wandb_id")
+  if not os.path.exists(path):  # a resumed run goes on in its own; another workdir has another
+    with open(path, "w") as f:
+      f.write(wandb.util.generate_id())
+  with open(path) as f:
+    return wandb.init(project=project, dir=workdir, resume="allow", id=f.read())

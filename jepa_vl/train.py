@@ -1,5 +1,6 @@
 """The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
 
+import concurrent.futures
 import itertools
 import json
 import logging
@@ -12,7 +13,7 @@ import jax
 
 from jepa_vl import checkpoint, evals, metrics, optim, sharding
 from jepa_vl import state as state_lib
-from jepa_vl.build import build, check_resume, describe, make_encode
+from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, make_encode
 from jepa_vl.data import pipeline
 from jepa_vl.evals import report
 from jepa_vl.model import two_tower
@@ -20,6 +21,7 @@ from jepa_vl.model import two_tower
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: saved, start me again
+
 
 def train(config, workdir):
   """Trains, or goes on with what the workdir holds. Returns the process's exit code."""
@@ -55,6 +57,7 @@ def train(config, workdir):
 def _loop(run, workdir, start, state, checkpoints, writer):
   config = run.config
   encode = make_encode(run)
+  evals.prepare(encode, config.evals)
   data = pipeline.batches(
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed,
     start_step=start, process=jax.process_index(), processes=jax.process_count(),
@@ -85,16 +88,24 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       if last or stopping:
         break
 
-      wait = time.perf_counter()
-      batch = next(data)
+      asked = time.perf_counter()
+      try:
+        batch = next(data)
+      except Exception:
+        if not stop.requested:
+          raise
+        # Whoever stopped this process stopped its workers too: the step before is the last.
+        steps.flush(progress)
+        checkpoints.save(step, state, run.meta)
+        break
       # Time in next(data) costs nothing while the device is still busy with the step before.
-      meter.step(time.perf_counter() - wait if steps.device_idle() else 0.0)
+      waited = time.perf_counter() - max(asked, steps.idle_since())
       counters.add(batch)
       rows = sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS}, run.mesh)
       with jax.set_mesh(run.mesh):
         state, values = run.train_step(state, rows)
       steps.flush(progress)  # the step before, while this one runs
-      steps.push(step + 1, values, counters)
+      steps.push(step + 1, values, counters, waited)
 
   checkpoints.wait()  # before the final evaluation, which may be long
   if step < config.steps:
@@ -124,19 +135,25 @@ class StepLog:
     self._checkpoints, self._pending, self._warned = checkpoints, None, set()
     self._schedule = optim.make_schedule(config.optim, config.steps)
     self._start = start
+    self._finished = None  # when the pending step was
+    self._watcher = concurrent.futures.ThreadPoolExecutor(1)
 
-  def push(self, step, values, counters):
-    self._pending = step, values, counters.read()
+  def push(self, step, values, counters, waited):
+    """Takes the metrics of a step that may still run; it `waited` (s) for its batch."""
+    self._pending = step, values, counters.read(), max(waited, 0.0)
+    self._finished = self._watcher.submit(_when_ready, values["loss"])
 
-  def device_idle(self):
-    """Whether the last step has already finished."""
-    return not self._pending or self._pending[1]["loss"].is_ready()
+  def idle_since(self):
+    """Clock time at which the device finished the last step; infinity if it has not."""
+    if not self._pending:
+      return 0.0
+    return self._finished.result() if self._finished.done() else math.inf
 
   def flush(self, progress):
     """Raises FloatingPointError if the pending step was not finite."""
     if not self._pending:
       return
-    (step, values, counts), self._pending = self._pending, None
+    (step, values, counts, waited), self._pending = self._pending, None
     logged = step % self._config.log_every == 0
     # The loss sums the terms, so these three tell whether anything is not finite.
     watched = ("loss", "grad_norm", "param_norm")
@@ -147,6 +164,7 @@ class StepLog:
     if not finite:
       self._stop(step, [k for k, v in values.items() if not math.isfinite(v)])
     progress.step(step)
+    self._meter.step(waited)
     if not logged:
       if step == self._start + 1:
         self._meter.read()  # its time is compilation
@@ -178,6 +196,11 @@ class StepLog:
       f"step {step}: {', '.join(bad)} not finite. Last good checkpoint: {good}. Lower optim.lr "
       f"(now {self._config.optim.lr:g}) or lengthen optim.warmup, and start again to go on from it"
     )
+
+
+def _when_ready(value):
+  value.block_until_ready()
+  return time.perf_counter()
 
 
 class DataCounters:
@@ -230,6 +253,11 @@ class StopSignal:
 
 def prepare_workdir(workdir):
   """Makes the folder. Raises ValueError if it cannot be written."""
+  if "://" in workdir:
+    raise ValueError(
+      f"--workdir={workdir} is an address, and only folders can be written yet; give a local or "
+      "mounted folder"
+    )
   workdir = os.path.abspath(os.path.expanduser(workdir))
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -254,17 +282,17 @@ def evaluate(run, encode, variables, step, writer):
 
 def finish(run, encode, state, step, writer, workdir):
   """Final evaluation beside its floors: the printed table, results.json and report.html."""
-  variables = state.variables
-  trained = evaluate(run, encode, variables, step, writer)
-  pictures = evals.pictures(encode, variables, run.config.evals)
+  trained = evaluate(run, encode, state.variables, step, writer)
   table = table_with_floors(run, encode, trained)
+  if jax.process_index() == 0:
+    with open(os.path.join(workdir, "results.json"), "w") as f:
+      json.dump({"step": step, "seed": run.config.seed, "rows": table}, f, indent=1)
+    if table:
+      print(evals.format_table(table))
+  pictures = evals.pictures(encode, state.variables, run.config.evals)
   if jax.process_index():
     return
-  with open(os.path.join(workdir, "results.json"), "w") as f:
-    json.dump({"step": step, "seed": run.config.seed, "rows": table}, f, indent=1)
   path = report.write(workdir, config=run.meta["config"], results=table, **pictures)
-  if table:
-    print(evals.format_table(table))
   log.info("all figures: %s; report: %s", os.path.join(workdir, "results.json"), path)
 
 
@@ -278,9 +306,14 @@ def table_with_floors(run, encode, trained):
 
 def evaluate_checkpoint(config, path):
   """--mode=eval: the configured evaluations on one checkpoint, printed beside their floors."""
-  run = build(config, with_data=False)
-  state = checkpoint.read(path, run.abstract_state, check=lambda meta: check_resume(meta, run))
+  if not config.evals:
+    raise ValueError("the config's `evals` are empty; configs/tiny.py shows how to name some")
+  run = build(config, training=False)
+  fixed = [k for k in FIXED_KEYS if k not in ("model.statistics", "text.readout", "data.source")]
+  check = lambda meta: check_resume(meta, run, fixed)
+  state = checkpoint.read(path, run.abstract_state, check)
   encode = make_encode(run)
+  evals.prepare(encode, config.evals)
   trained = evals.run_all(encode, state.variables, run.mesh, config.evals)
   print(evals.format_table(table_with_floors(run, encode, trained)))
   return 0

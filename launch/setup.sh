@@ -28,8 +28,12 @@ if [ ! -x "$VENV/bin/python" ]; then
     exit 1
   }
   echo "making the virtual environment $VENV"
+  [ ! -e "$VENV" ] || {
+    echo "error: $VENV exists and is no virtual environment; remove it, or set VENV=another/folder" >&2
+    exit 1
+  }
   "$PYTHON" -m venv "$VENV" || {
-    rm -rf "$VENV"
+    rm -rf "$VENV"  # half made, by the line above
     echo "error: $PYTHON cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
     exit 1
   }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from ml_collections import ConfigDict
-from records import write
+from records import record, write
 
 from jepa_vl import evals, metrics, sharding
 from jepa_vl.data import embedded, tokenizer, transforms
@@ -416,4 +416,24 @@ def test_format_table_prints_headline_rows():
 
 def test_an_unknown_evaluation_is_refused():
   with pytest.raises(ValueError, match="evals.retreival: no such evaluation; known are retrieval,"):
-    evals.check({"rank": {}, "retreival": {}})
+    evals.check({"rank": WHERE, "retreival": WHERE})
+  with pytest.raises(ValueError, match="evals.rank: .*unexpected keyword argument 'ranks'"):
+    evals.check({"rank": {**WHERE, "ranks": (1,)}})
+  with pytest.raises(ValueError, match="evals.retrieval: missing a required argument: 'ranks'"):
+    evals.check({"retrieval": WHERE})
+
+
+def test_prepare_names_what_is_amiss_with_the_splits(encode, tmp_path):
+  for i, name in enumerate(("one", "two")):
+    write(tmp_path / f"{name}.array_record", [record(j) | {"kind": j} for j in range(3 + i)])
+  where = {"source": "array_record", "splits": ("one", "two")}
+  cfg = lambda **keys: ConfigDict({"zeroshot": {**where, **keys}})
+  evals.prepare(encode, cfg(path=f"{tmp_path}/{{split}}.array_record", label="kind"))
+  with pytest.raises(ValueError, match="'one' and 'two' are the same records.*{split}"):
+    evals.prepare(encode, cfg(path=f"{tmp_path}/one.array_record"))
+  with pytest.raises(ValueError, match="label='group' is missing .* 'one'; they have caption"):
+    evals.prepare(encode, cfg(path=f"{tmp_path}/{{split}}.array_record", label="group"))
+  with pytest.raises(FileNotFoundError, match="three"):
+    evals.prepare(
+      encode, cfg(path=f"{tmp_path}/{{split}}.array_record", select_split="three")
+    )

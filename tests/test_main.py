@@ -25,12 +25,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(*flags, small=True):
+def start(*flags, small=True, **options):
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
   return subprocess.Popen(
     [sys.executable, "-m", "jepa_vl.main", *(SMALL if small else []), *flags],
-    cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
   )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ NO_EVALS = ["--config.evals={}"]
   (["--config.text.readout=mean"], 1, ["text.readout", "eot", "last"]),
   (["--config.optim.schedule=step"], 1, ["optim.schedule", "cosine", "wsd"]),
   (["--config.objective.name=magic"], 1, ["objective.name", "levljepa"]),
+  (["--workdir=gs://bucket/run"], 1, ["gs://bucket/run", "local"]),
 ])  # fmt: skip
 def test_bad_input_is_named_without_a_traceback(tmp_path, flags, code, words):
   status, output = run(f"--workdir={tmp_path / 'run'}", *flags)
@@ -137,6 +138,20 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(tmp_path, name):
   assert max(losses(tmp_path)) == max(saved) + 1
 
 
+def test_a_stop_of_the_whole_process_group_saves_though_workers_die(tmp_path):
+  """Schedulers signal every process; a worker that is gone must not take the save along."""
+  flags = [f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=100000", "--config.log_every=1"]
+  process = start(*flags, "--config.data.workers=1", start_new_session=True)
+  deadline = time.time() + 200
+  while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 3:
+    assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+    time.sleep(0.1)
+  os.killpg(process.pid, signal.SIGTERM)
+  output, _ = process.communicate(timeout=100)
+  assert process.returncode == 75, output
+  assert any(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())
+
+
 def test_another_architecture_or_data_set_is_refused(tmp_path):
   assert run(f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=1")[0] == 0
   status, output = run(
@@ -180,8 +195,10 @@ def test_own_data_with_damaged_records(tmp_path):
   status, output = run(f"--workdir={tmp_path / 'a'}", *flags, "--config.steps=3", allow)
   assert status == 0, output
   assert "record 7 cannot be used" in output and "record 21 cannot be used" in output
-  last = metrics.read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]
-  assert last["data/bad_records"] >= 2 and last["data/truncated_captions"] >= 1
+  logged = metrics.read_jsonl(tmp_path / "a" / "metrics.jsonl")
+  assert len(logged) == 3 and all(r["examples_per_s"] > 0 for r in logged)
+  assert (tmp_path / "a" / "report.html").exists()  # without evaluations too
+  assert logged[-1]["data/bad_records"] >= 2 and logged[-1]["data/truncated_captions"] >= 1
   status, output = run(f"--workdir={tmp_path / 'b'}", *flags)
   assert status == 1 and "data.max_bad_fraction=0.01" in output and "Traceback" not in output
 

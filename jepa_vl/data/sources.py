@@ -58,11 +58,18 @@ class ArrayRecord:
 def _open(paths):
   from array_record.python import array_record_data_source  # late: workers import this module
 
-  for path in paths:  # one by one, so that the error names the file
+  open_ = array_record_data_source.ArrayRecordDataSource
+  try:
+    reader = open_(paths)
+    if len(reader):
+      return reader
+  except Exception:  # which file it was is only found by opening them one by one
+    pass
+  for path in paths:
     try:
-      if os.path.getsize(path) == 0:
+      if not os.path.getsize(path):
         raise ValueError("it is empty")
-      if len(array_record_data_source.ArrayRecordDataSource([path])) == 0:
+      if not len(open_([path])):
         raise ValueError("it holds no record")
     except Exception as e:
       reason = str(e).partition("\n")[0]
@@ -70,7 +77,7 @@ def _open(paths):
         f"{path} is not a whole ArrayRecord file ({reason}); it may have been cut "
         "short in copying: copy or prepare it again, or leave it out of data.path"
       ) from e
-  return array_record_data_source.ArrayRecordDataSource(paths)
+  return open_(paths)
 
 
 def _emoji(path, split):
@@ -85,15 +92,17 @@ def _array_record(path, split):
       "--config.text.tokenizer=captions.model (README, 'Your own data', shows how to make both); "
       "or try the program on the embedded dataset: --config=configs/tiny.py"
     )
-  return ArrayRecord(path)
+  return ArrayRecord(os.path.expanduser(path).replace("{split}", split))
 
 
-# name: function (path, split) -> source; `split` is of embedded ones, `path` of the others
+# name: function (path, split) -> source
 SOURCES = {"emoji": _emoji, "array_record": _array_record}
 
 
 def open_source(name, path, split):
   """The source `name` of SOURCES.
+
+  `split` picks one of an embedded source's; in a `path` it takes the place of "{split}".
 
   Raises:
     ValueError: unknown name, or a path that is needed and empty.

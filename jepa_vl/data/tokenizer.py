@@ -45,7 +45,7 @@ def load(spec):
     FileNotFoundError: no such file.
     ValueError: the file is no SentencePiece model, or one without EOT.
   """
-  path = embedded.DIRECTORY / "tokenizer.model" if spec == "emoji" else spec
+  path = embedded.DIRECTORY / "tokenizer.model" if spec == "emoji" else os.path.expanduser(spec)
   if not spec or not os.path.isfile(path):
     raise FileNotFoundError(
       f"text.tokenizer={spec!r} is no file; expected 'emoji' (the embedded one) or the path of a "

@@ -4,6 +4,8 @@
 floors, the same key followed by "@random", "@majority" or "@raw_pixels".
 """
 
+import inspect
+
 import numpy as np
 
 from jepa_vl import metrics
@@ -17,11 +19,39 @@ EVALS = {
   "rank": rank.run,
 }
 
+
 def check(cfg):
-  """Raises ValueError if the config's `evals` sub-tree names an unknown evaluation."""
+  """Raises ValueError if the config's `evals` sub-tree names what no evaluation takes."""
   for name in cfg:
     if name not in EVALS:
       raise ValueError(f"evals.{name}: no such evaluation; known are {', '.join(EVALS)}")
+    try:
+      inspect.signature(EVALS[name]).bind(None, None, None, **cfg[name])
+    except TypeError as e:
+      raise ValueError(f"evals.{name}: {e}; see jepa_vl/evals for its keys") from e
+
+
+def prepare(encode, cfg):
+  """Reads all splits that the config names, so that what is amiss is said at the start.
+
+  Raises:
+    ValueError: a split cannot be read, is the same as another, or lacks the `label` of a record.
+  """
+  seen = {}
+  for name, keys in cfg.items():
+    for split in (*keys.splits, *(keys[k] for k in keys if k.endswith("_split"))):
+      data = encode.split(keys.source, keys.path, split)
+      first = seen.setdefault((keys.source, data.identity), split)
+      if first != split:
+        raise ValueError(
+          f"evals.{name}: the splits {first!r} and {split!r} are the same records; where a path "
+          'holds several splits, write "{split}" in it in place of their names'
+        )
+      if "label" in keys and any(keys.label not in r for r in data.records):
+        raise ValueError(
+          f"evals.{name}.label={keys.label!r} is missing in records of split {split!r}; they have "
+          f"{', '.join(data.records[0])}"
+        )
 
 
 def run_all(encode, variables, mesh, cfg):

@@ -22,10 +22,12 @@ log = logging.getLogger(__name__)
 class Split:
   """One evaluation split, decoded: labels, images and one caption per concept.
 
-  records: N dicts; images (N, S, S, 3) uint8; captions: C strings; relevant (N, C) bool, True
-  where a caption describes an image; left_out: indices of undecodable records.
+  identity: the source's; records: N dicts; images (N, S, S, 3) uint8; captions: C strings;
+  relevant (N, C) bool, True where a caption describes an image; left_out: indices of undecodable
+  records.
   """
 
+  identity: str
   records: list
   images: np.ndarray
   captions: list
@@ -147,7 +149,7 @@ def _read_split(encode, source, split):
     split, len(images), len(captions), encode.tokenize(captions)[2].sum(), len(left_out),
     f": {left_out[:10]}" if left_out else "",
   )  # fmt: skip
-  return Split(records, images, captions, relevant, left_out)
+  return Split(source.identity, records, images, captions, relevant, left_out)
 
 
 # reading -> pairs of (image side, text side) whose cosines are averaged

@@ -4,6 +4,11 @@ from jepa_vl.objectives.levljepa import levljepa
 
 
 def _levljepa_weights(cfg):
+  if cfg.lambda_img + cfg.lambda_txt >= 1:
+    raise ValueError(
+      f"objective.lambda_img={cfg.lambda_img} and lambda_txt={cfg.lambda_txt} must sum to less "
+      "than 1, the alignment's weight is the rest"
+    )
   cross = (1 - cfg.lambda_img - cfg.lambda_txt) / 2
   return {
     "align/img_to_txt": cross,
@@ -25,7 +30,7 @@ def from_config(cfg):
   """Returns objective(out, rng) -> (loss, terms) for the config's `objective` sub-tree.
 
   Raises:
-    ValueError: unknown `objective.name`.
+    ValueError: unknown `objective.name`, or weights that leave none for the alignment.
   """
   if cfg.name not in OBJECTIVES:
     raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, got {cfg.name!r}")

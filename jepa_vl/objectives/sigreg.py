@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Slices handled at once (the largest divisor of M up to this power of two). Small enough that one
-# chunk's cos and sin stay in a core's cache at a batch of 256.
+# Slices handled at once (the largest power of two up to this that divides M). Small enough that
+# one chunk's cos and sin stay in a core's cache at a batch of 256.
 CHUNK = 64
 
 # Float32 means float32 on every chip: TPUs and recent GPUs would multiply in less.

@@ -1,0 +1,61 @@
+"""What a config determines, and which checkpoints fit it."""
+
+import copy
+
+import pytest
+
+from jepa_vl import build as build_lib
+
+
+@pytest.fixture
+def config(config):
+  config.mesh.data = -1
+  return config
+
+
+@pytest.mark.parametrize(("key", "value"), [
+  ("steps", 0), ("batch_size", 0), ("accumulate", -1), ("log_every", 0), ("seed", -1),
+  ("model.patch_size", 0), ("text.length", 0), ("objective.knots", 1), ("objective.num_slices", 0),
+])  # fmt: skip
+def test_a_number_below_its_minimum_is_named(config, key, value):
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=f"{key} must be at least . got {value}|{key} .* {value}"):
+    build_lib.build(config)
+
+
+def test_every_minimum_is_of_a_key_that_exists(config):
+  values = build_lib.flat(config.to_dict())
+  assert all(values[key] >= least for key, least in build_lib.MINIMUM.items())
+
+
+def test_weights_that_leave_none_for_the_alignment_are_refused(config):
+  config.objective.update({"lambda_img": 0.5, "lambda_txt": 0.5})
+  with pytest.raises(ValueError, match="lambda_img=0.5 and lambda_txt=0.5 must sum to less"):
+    build_lib.build(config)
+
+
+def test_an_evaluation_needs_neither_training_data_nor_its_batch(config):
+  config.data.update({"source": "array_record", "path": "/none"})
+  config.batch_size = 10
+  with pytest.raises(ValueError, match="batch_size=10"):
+    build_lib.build(config)
+  assert build_lib.build(config, training=False).source is None
+
+
+def test_a_resume_refuses_what_is_fixed_and_says_what_changed(config, caplog, monkeypatch):
+  monkeypatch.setattr(build_lib.log, "propagate", True)
+  run = build_lib.build(config)
+  build_lib.check_resume(run.meta, run)
+  there = copy.deepcopy(run.meta)
+  there["config"]["optim"]["lr"], there["config"]["batch_size"] = 5.0, 7
+  with caplog.at_level("INFO", "jepa_vl.build"):
+    build_lib.check_resume(there, run)
+  assert "optim.lr: 5.0 -> " in caplog.text and "sample order is another" in caplog.text
+  there["config"]["model"]["statistics"] = "imagenet"
+  with pytest.raises(ValueError, match="model.statistics: imagenet there, clip here"):
+    build_lib.check_resume(there, run)
+  build_lib.check_resume(there, run, fixed_keys=("model.size",))
+  for key in ("data_identity", "tokenizer_identity", "arrays"):
+    other = copy.deepcopy(run.meta) | {key: {"x": "y"} if key == "arrays" else "another"}
+    with pytest.raises(ValueError, match="another there|y there"):
+      build_lib.check_resume(other, run)
