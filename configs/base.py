@@ -11,14 +11,14 @@ def get_config():
   """The default configuration; `main` locks it, so that a misspelt key raises."""
   c = ConfigDict()
 
-  c.seed = 0
-  c.steps = 200_000
+  c.seed = 0  # of initialisation, sample order, augmentation and SIGReg directions
+  c.steps = 200_000  # optimizer steps; the schedule ends there
   c.batch_size = 4096  # global: over all devices and processes
   c.accumulate = 1  # micro-batches per step; BatchNorm and SIGReg see one micro-batch at a time
-  c.log_every = 50
+  c.log_every = 50  # steps; also how often the collapse diagnostics are computed
   c.eval_every = 10_000  # 0: only at the end
-  c.checkpoint_every = 2_000
-  c.keep_checkpoints = 2
+  c.checkpoint_every = 2_000  # steps; 0: only at the end and when stopped
+  c.keep_checkpoints = 2  # the newest so many stay
   c.wandb = ""  # project name; needs the wandb package
 
   c.mesh = ConfigDict()
@@ -28,8 +28,8 @@ def get_config():
 
   c.model = ConfigDict()
   c.model.size = "base"  # nano, micro, tiny, small, base, large: of both towers
-  c.model.image_size = 224
-  c.model.patch_size = 16
+  c.model.image_size = 224  # pixels, S; a multiple of patch_size
+  c.model.patch_size = 16  # pixels
   c.model.statistics = "clip"  # image normalisation: clip (training, zero-shot), imagenet
   c.model.embed_dim = 256  # D; 256 in the released ViT-B, 768 in the release's configs
   c.model.hidden_dim = 2048  # of embedding heads and predictors
@@ -40,35 +40,35 @@ def get_config():
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
 
   c.text = ConfigDict()
-  c.text.length = 77
+  c.text.length = 77  # tokens, L, EOT included; longer captions are cut and counted
   c.text.readout = "eot"  # eot (release 2), last (release 1)
   c.text.tokenizer = ""  # "emoji" (embedded) or the path of a SentencePiece .model
 
   c.objective = ConfigDict()
-  c.objective.name = "levljepa"
+  c.objective.name = "levljepa"  # a name of jepa_vl.objectives.OBJECTIVES
   c.objective.align = "mse"  # mse (mean over D), mse_sum (the paper's sum over D), cosine
   c.objective.stop_gradient = True  # on the predicted embeddings; False only to see it fail
-  c.objective.lambda_img = 0.02
-  c.objective.lambda_txt = 0.02
+  c.objective.lambda_img = 0.02  # weight of SIGReg on image embeddings; the alignment gets the rest
+  c.objective.lambda_txt = 0.02  # the same on text embeddings
   c.objective.num_slices = 4096  # multiples of 64 run fastest
-  c.objective.knots = 17
-  c.objective.t_max = 3.0
+  c.objective.knots = 17  # T, points of the characteristic function in [0, t_max]
+  c.objective.t_max = 3.0  # the last knot
   c.objective.group_size = 256  # rows per SIGReg statistic; the reference's local batch; 0: all
   c.objective.scale_rows = 256  # its multiplier; LeJEPA's library uses the global batch
 
   c.optim = ConfigDict()
-  c.optim.name = "adamw"
-  c.optim.lr = 2e-4
+  c.optim.name = "adamw"  # a name of jepa_vl.optim.OPTIMIZERS
+  c.optim.lr = 2e-4  # at the end of warm-up
   c.optim.schedule = "cosine"  # cosine, wsd (warm-up, stable, cosine decay)
   c.optim.warmup = 1000  # steps
   c.optim.warmup_from = 0.0  # share of lr at step 0; 0.01 in release 2
   c.optim.final = 0.1  # share of lr at the last step
   c.optim.decay = 0.15  # wsd: share of the steps that decay
-  c.optim.weight_decay = 0.01
+  c.optim.weight_decay = 0.01  # decoupled, times the learning rate, as PyTorch's
   c.optim.decay_on = "all"  # all (the reference), matrices
-  c.optim.b1 = 0.9
-  c.optim.b2 = 0.999
-  c.optim.eps = 1e-8
+  c.optim.b1 = 0.9  # decay of Adam's first moment
+  c.optim.b2 = 0.999  # of the second
+  c.optim.eps = 1e-8  # added to the second moment's root
   c.optim.clip = 1.0  # global norm; 0: off
 
   c.data = ConfigDict()
@@ -78,11 +78,11 @@ def get_config():
   c.data.workers = 0  # processes; 0: a thread of the training process
   c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
   c.data.augment = "standard"  # standard (release 2), resize (release 1)
-  c.data.crop_scale = (0.8, 1.0)
-  c.data.flip = 0.5
-  c.data.jitter_prob = 0.3
+  c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes
+  c.data.flip = 0.5  # probability of a horizontal flip
+  c.data.jitter_prob = 0.3  # probability of colour jitter
   c.data.jitter = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue
-  c.data.grey_prob = 0.05
+  c.data.grey_prob = 0.05  # probability of greyscale
   c.data.tag_prob = 0.5  # how often tags join the caption, where a data set has tags
   c.data.eval_resize = 256 / 224  # shorter side over crop side in evaluations
 

@@ -33,35 +33,14 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
     loss, terms = objective(out, rng_objective)
     return loss, ({"loss": loss, **terms}, _diagnose(out, due), new["batch_stats"])
 
-  grad_fn = jax.grad(loss_fn, has_aux=True)
+  grad_fn = _accumulated(jax.grad(loss_fn, has_aux=True), accumulate)
 
   def train_step(state, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     due = (state.step + 1) % log_every == 0
-
-    def micro_step(carry, i):
-      batch_stats, grads, terms = carry
-      rows = jax.tree.map(lambda x: _every(x, accumulate, i), batch)
-      g, (t, diagnostics, batch_stats) = grad_fn(
-        state.params, batch_stats, rows, jax.random.fold_in(rng, i), due
-      )
-      grads = jax.tree.map(lambda a, b: a + b / accumulate, grads, g)
-      terms = jax.tree.map(lambda a, b: a + b / accumulate, terms, t)
-      return (batch_stats, grads, terms), diagnostics
-
-    if accumulate == 1:
-      grads, (terms, diagnostics, batch_stats) = grad_fn(
-        state.params, state.batch_stats, batch, jax.random.fold_in(rng, 0), due
-      )
-    else:
-      shapes = jax.eval_shape(grad_fn, state.params, state.batch_stats, batch, rng, due)[1][0]
-      zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-      carry = (state.batch_stats, zeros(state.params), zeros(shapes))
-      (batch_stats, grads, terms), diagnostics = jax.lax.scan(
-        micro_step, carry, jnp.arange(accumulate)
-      )
-      diagnostics = jax.tree.map(lambda x: x[-1], diagnostics)
-
+    grads, (terms, diagnostics, batch_stats) = grad_fn(
+      state.params, state.batch_stats, batch, rng, due
+    )
     with jax.named_scope("optimizer"):
       updates, opt = tx.update(grads, state.opt, state.params)
       params = optax.apply_updates(state.params, updates)
@@ -70,6 +49,30 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
     return TrainState(state.step + 1, params, batch_stats, opt), metrics
 
   return train_step
+
+
+def _accumulated(grad_fn, accumulate):
+  """grad_fn over `accumulate` micro-batches: mean gradients and terms, the last's diagnostics."""
+
+  def micro(params, batch_stats, batch, rng, due, i):
+    rows = jax.tree.map(lambda x: _every(x, accumulate, i), batch)
+    return grad_fn(params, batch_stats, rows, jax.random.fold_in(rng, i), due)
+
+  def accumulated(params, batch_stats, batch, rng, due):
+    def body(carry, i):
+      batch_stats, sums = carry
+      grads, (terms, diagnostics, batch_stats) = micro(params, batch_stats, batch, rng, due, i)
+      sums = jax.tree.map(lambda a, b: a + b / accumulate, sums, (grads, terms))
+      return (batch_stats, sums), diagnostics
+
+    shapes = jax.eval_shape(micro, params, batch_stats, batch, rng, due, 0)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
+    (batch_stats, (grads, terms)), diagnostics = jax.lax.scan(
+      body, (batch_stats, sums), jnp.arange(accumulate)
+    )
+    return grads, (terms, jax.tree.map(lambda x: x[-1], diagnostics), batch_stats)
+
+  return accumulated if accumulate > 1 else lambda *args: micro(*args, 0)
 
 
 def _diagnose(out, due):

@@ -68,7 +68,7 @@ def table(trained, untrained):
   rows = []
   for name, figures in trained.items():
     for key, value in figures.items():
-      if any(key.endswith(f"@{floor}") for floor in common.FLOORS):
+      if common.is_floor(key):
         continue
       split, metric = key.split("/", 1)
       row = {"evaluation": name, "split": split, "metric": metric, "value": value}

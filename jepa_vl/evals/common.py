@@ -166,6 +166,11 @@ READINGS = {
 FLOORS = ("random", "majority", "raw_pixels")
 
 
+def is_floor(key):
+  """Whether a figure is the floor of another."""
+  return key.rpartition("@")[2] in FLOORS
+
+
 def is_headline(metric):
   """Whether a metric is in the reading to be read for LeVLJEPA, `avg`, or in none."""
   return all(part == "avg" for part in metric.split("/") if part in READINGS)

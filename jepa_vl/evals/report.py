@@ -245,11 +245,11 @@ def _progress(records):
   """Headline evaluations over the steps, a panel per metric and a line per split."""
   panels, steps = {}, {r["step"] for r in records}
   for r in records:
-    for key, value in r["metrics"].items():
+    figures = {k: v for k, v in r["metrics"].items() if not common.is_floor(k)}
+    most = max((int(k.partition("R@")[2]) for k in figures if "R@" in k), default=None)
+    for key, value in figures.items():
       split, _, metric = key.partition("/")
-      is_floor = key.rpartition("@")[0] in r["metrics"]
-      cutoff_shown = "R@" not in metric or metric.endswith("R@10")
-      if is_floor or not cutoff_shown or not common.is_headline(metric):
+      if not common.is_headline(metric) or ("R@" in metric and not metric.endswith(f"R@{most}")):
         continue
       floors = [v for k, v in r["metrics"].items() if k.startswith(f"{key}@") and v is not None]
       line = panels.setdefault(f"{r['name']}: {metric}", {}).setdefault(split, [])
