@@ -42,7 +42,6 @@ def get_config():
   c.data.tag_prob = 0.9
   c.data.crop_scale = (0.5, 1.0)
   c.data.grey_prob = 0.1
-  c.data.eval_resize = 1.0
 
   where = {"source": "emoji", "path": "", "splits": SPLITS}
   c.evals.retrieval = ConfigDict({**where, "ranks": (1, 5, 10)})
