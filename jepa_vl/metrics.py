@@ -269,9 +269,13 @@ def _start_wandb(project, workdir):
       f"wandb={project!r} was asked for, but the package is not installed: pip install wandb, "
       "or leave the key empty"
     ) from e
+  # A workdir's own run: a resumed one goes on in it, and equal folder names do not share one.
   path = os.path.join(workdir, "wandb_id")
-  if not os.path.exists(path):  # a resumed run goes on in its own; another workdir has another
-    with open(path, "w") as f:
-      f.write(wandb.util.generate_id())
-  with open(path) as f:
-    return wandb.init(project=project, dir=workdir, resume="allow", id=f.read())
+  known = None
+  if os.path.exists(path):
+    with open(path) as f:
+      known = f.read()
+  run = wandb.init(project=project, dir=workdir, resume="allow", id=known)
+  with open(path, "w") as f:
+    f.write(run.id)
+  return run

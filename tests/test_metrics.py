@@ -147,6 +147,13 @@ def test_a_half_written_line_costs_nothing_but_itself(tmp_path):
   assert [r["step"] for r in lines(path)] == [1, 2, 3]
 
 
+def test_a_damaged_line_is_named(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": \x00\n{"step": 3}\n')
+  with pytest.raises(ValueError, match="metrics.jsonl line 2 is no JSON .* delete that line"):
+    metrics.read_jsonl(path)
+
+
 def test_read_jsonl_of_no_file_is_empty(tmp_path):
   assert metrics.read_jsonl(tmp_path / "none.jsonl") == []
 
