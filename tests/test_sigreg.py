@@ -1,10 +1,15 @@
 """SIGReg against float64 NumPy, against inputs that are not Gaussian, and in bounded memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jepa_vl import sharding
 from jepa_vl.objectives import sigreg as module
 from jepa_vl.objectives.sigreg import sigreg
 
@@ -106,6 +111,19 @@ def test_views_are_averaged():
 def test_group_that_does_not_divide_is_named():
   with pytest.raises(ValueError, match="group_size=24 does not divide the 64 rows"):
     sigreg(jax.random.key(0), jnp.zeros((64, 4)), **{**CFG, "group_size": 24})
+
+
+def test_groups_on_their_own_devices_need_no_communication_in_the_loop():
+  """One sum of the groups' values at the end is all that the eight devices exchange."""
+  mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+  rows = NamedSharding(mesh, P(sharding.BATCH))
+  z = jax.ShapeDtypeStruct((64, 24), jnp.float32, sharding=rows)
+  grad = jax.value_and_grad(lambda z: sigreg(jax.random.key(0), z, **CFG | {"group_size": 8}))
+  text = jax.jit(grad, out_shardings=(None, rows)).lower(z).compile().as_text()
+  in_loops, _, after = text.partition("\nENTRY ")
+  collectives = lambda hlo: re.findall(r" (all-\w+|reduce-scatter|collective-permute)\(", hlo)
+  assert "while" in after and not collectives(in_loops)
+  assert collectives(after) == ["all-reduce"]
 
 
 def test_temporary_memory_is_bounded():

@@ -93,44 +93,47 @@ _statistic.defvjp(_statistic_fwd, _statistic_bwd)
 
 def _scan_chunks(z, A, knots, t_max, with_gradient):
   """Sums value (and d value / d z) over chunks of slices; no (B, M) array ever exists."""
+  # A value per group, added up after the loop: groups that lie whole on their devices need no
+  # communication within it.
 
   def body(carry, a):
-    value, grad = carry
-    chunk_value, dx = _chunk(_einsum("gbd,dm->gbm", z, a), knots, t_max, with_gradient)
+    values, grad = carry
+    chunk_values, dx = _chunk(_einsum("gbd,dm->gbm", z, a), knots, t_max, with_gradient)
     if with_gradient:
       grad = grad + _einsum("gbm,dm->gbd", dx, a)
-    return (value + chunk_value, grad), None
+    return (values + chunk_values, grad), None
 
-  zero = jnp.zeros((), jnp.float32)
-  (value, grad), _ = jax.lax.scan(body, (zero, jnp.zeros_like(z) if with_gradient else zero), A)
+  values = jnp.zeros(z.shape[0], jnp.float32)
+  start = (values, jnp.zeros_like(z) if with_gradient else jnp.zeros(()))
+  (values, grad), _ = jax.lax.scan(body, start, A)
   scale = 1.0 / (z.shape[0] * A.shape[0] * A.shape[2])
-  return value * scale, grad * scale
+  return jnp.sum(values) * scale, grad * scale
 
 
 def _chunk(x, knots, t_max, with_gradient):
-  """x (G, g, chunk) projections -> summed statistic and its derivative with respect to x."""
+  """x (G, g, chunk) projections -> summed statistic (G,), its derivative with respect to x."""
   t, phi, weight = _quadrature(knots, t_max)
   rows = x.shape[1]
   # The knots are equally spaced: cos and sin of k * theta follow from one cos and one sin.
   c1, s1 = jnp.cos(x * t[1]), jnp.sin(x * t[1])
 
-  value = jnp.zeros((), jnp.float32)
+  values = jnp.zeros(x.shape[0], jnp.float32)
   real, imaginary = [], []
   for c, s in _harmonics(c1, s1, knots):
     real.append(jnp.mean(c, axis=1, keepdims=True))  # (G, 1, chunk)
     imaginary.append(jnp.mean(s, axis=1, keepdims=True))
   for k in range(knots):
     distance = (real[k] - phi[k]) ** 2 + imaginary[k] ** 2
-    value += weight[k] * jnp.sum(distance)
+    values += weight[k] * jnp.sum(distance, axis=(1, 2))
   if not with_gradient:
-    return value, None
+    return values, None
 
   dx = jnp.zeros_like(x)
   for k, (c, s) in enumerate(_harmonics(c1, s1, knots)):
     if k:
       scale = 2 * weight[k] * t[k] / rows
       dx += scale * (imaginary[k] * c - (real[k] - phi[k]) * s)
-  return value, dx
+  return values, dx
 
 
 def _harmonics(c1, s1, knots):
