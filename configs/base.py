@@ -74,7 +74,7 @@ def get_config():
   c.data = ConfigDict()
   c.data.source = "array_record"  # array_record, emoji (embedded)
   c.data.path = ""  # pattern of the training files
-  c.data.split = "train"  # of embedded sources
+  c.data.split = "train"  # of embedded sources, and what "{split}" in a path stands for
   c.data.workers = 0  # processes; 0: a thread of the training process
   c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
   c.data.augment = "standard"  # standard (release 2), resize (release 1)
@@ -83,7 +83,7 @@ def get_config():
   c.data.jitter_prob = 0.3  # probability of colour jitter
   c.data.jitter = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue
   c.data.grey_prob = 0.05  # probability of greyscale
-  c.data.tag_prob = 0.5  # how often tags join the caption, where a data set has tags
+  c.data.tag_prob = 0.5  # how often tags, if there are any, join the caption on both sides
   c.data.eval_resize = 256 / 224  # shorter side over crop side in evaluations
 
   c.evals = ConfigDict()  # name -> what jepa_vl/evals/__init__.py documents

@@ -37,6 +37,7 @@ FIXED_KEYS = (
 )
 
 
+# The least value that makes sense, where less would fail later and less clearly.
 MINIMUM = {
   "seed": 0,
   "steps": 1,

@@ -118,7 +118,7 @@ class Meter:
     self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
   def step(self, waited):
-    """Counts one step; `waited`: seconds spent in next(data)."""
+    """Counts one step; `waited`: seconds that the device stood idle for its batch."""
     self._waited += waited
     self._steps += 1
 
@@ -275,7 +275,7 @@ def _start_wandb(project, workdir):
   if os.path.exists(path):
     with open(path) as f:
       known = f.read()
-  run = wandb.init(project=project, dir=workdir, resume="allow", id=known)
+  run = wandb.init(project=project, dir=workdir, resume="allow", id=known or None)
   with open(path, "w") as f:
     f.write(run.id)
   return run

@@ -91,10 +91,11 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       asked = time.perf_counter()
       try:
         batch = next(data)
-      except Exception:
-        if not stop.requested:
+      except Exception as e:
+        if not stop.requested or jax.process_count() > 1:
           raise
         # Whoever stopped this process stopped its workers too: the step before is the last.
+        log.info("no further batch beside the stop request (%s)", e)
         steps.flush(progress)
         checkpoints.save(step, state, run.meta)
         break
@@ -155,14 +156,11 @@ class StepLog:
       return
     (step, values, counts, waited), self._pending = self._pending, None
     logged = step % self._config.log_every == 0
-    # The loss sums the terms, so these three tell whether anything is not finite.
-    watched = ("loss", "grad_norm", "param_norm")
-    few = jax.device_get({k: values[k] for k in watched})
-    finite = all(math.isfinite(v) for v in few.values())
-    if logged or not finite:
-      values = {k: float(v) for k, v in jax.device_get(values).items()}
-    if not finite:
-      self._stop(step, [k for k, v in values.items() if not math.isfinite(v)])
+    take = lambda names: jax.tree.map(float, jax.device_get({k: values[k] for k in names}))
+    # Between logged steps three scalars tell of every term and of the state.
+    found = take(values if logged else ("loss", "grad_norm", "param_norm"))
+    if not all(map(math.isfinite, found.values())):
+      self._stop(step, [k for k, v in take(values).items() if not math.isfinite(v)])
     progress.step(step)
     self._meter.step(waited)
     if not logged:
@@ -170,12 +168,12 @@ class StepLog:
         self._meter.read()  # its time is compilation
       return
     rates = self._meter.read()
-    values |= {"lr": float(self._schedule(step - 1)), **rates, **counts}
-    self._writer.metrics(step, values)
-    progress.log(step, values)
+    found |= {"lr": float(self._schedule(step - 1)), **rates, **counts}
+    self._writer.metrics(step, found)
+    progress.log(step, found)
     if step > optim.warmup_steps(self._config.optim, self._config.steps):
       rows = self._config.batch_size // self._config.accumulate
-      self._warn("collapse", metrics.collapse_warning(values, self._config.model.embed_dim, rows))
+      self._warn("collapse", metrics.collapse_warning(found, self._config.model.embed_dim, rows))
     if rates["data_wait"] > 0.1:
       self._warn(
         "data",

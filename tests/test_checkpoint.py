@@ -133,9 +133,11 @@ def test_only_the_newest_are_kept(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["3", "4"]
 
 
-def test_a_leftover_of_a_killed_save_is_ignored(saved):
-  shutil.copytree(saved / "2", saved / "3.orbax-checkpoint-tmp-0")
+def test_a_leftover_of_a_killed_save_is_ignored_and_removed(saved):
+  leftover = saved / "3.orbax-checkpoint-tmp-0"
+  shutil.copytree(saved / "2", leftover)
   assert_is(restore(saved), 2)
+  assert not leftover.exists()
 
 
 def test_a_save_that_fails_leaves_the_one_before(saved):

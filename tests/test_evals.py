@@ -424,16 +424,21 @@ def test_an_unknown_evaluation_is_refused():
 
 
 def test_prepare_names_what_is_amiss_with_the_splits(encode, tmp_path):
-  for i, name in enumerate(("one", "two")):
-    write(tmp_path / f"{name}.array_record", [record(j) | {"kind": j} for j in range(3 + i)])
-  where = {"source": "array_record", "splits": ("one", "two")}
-  cfg = lambda **keys: ConfigDict({"zeroshot": {**where, **keys}})
-  evals.prepare(encode, cfg(path=f"{tmp_path}/{{split}}.array_record", label="kind"))
+  for i, name in enumerate(("one", "two")):  # of one size, and with one number of records
+    write(tmp_path / f"{name}.array_record", [record(j + i) | {"kind": j} for j in range(3)])
+
+  def prepare(**keys):
+    where = {"source": "array_record", "path": f"{tmp_path}/{{split}}.array_record"}
+    evals.prepare(encode, ConfigDict({"zeroshot": {**where, "splits": ("one", "two"), **keys}}))
+
+  prepare(label="kind", classes=("a", "b", "c"))
   with pytest.raises(ValueError, match="'one' and 'two' are the same records.*{split}"):
-    evals.prepare(encode, cfg(path=f"{tmp_path}/one.array_record"))
-  with pytest.raises(ValueError, match="label='group' is missing .* 'one'; they have caption"):
-    evals.prepare(encode, cfg(path=f"{tmp_path}/{{split}}.array_record", label="group"))
-  with pytest.raises(FileNotFoundError, match="three"):
-    evals.prepare(
-      encode, cfg(path=f"{tmp_path}/{{split}}.array_record", select_split="three")
-    )
+    prepare(path=f"{tmp_path}/one.array_record")
+  with pytest.raises(ValueError, match="label='group' .* 'one' a record has None.* are caption"):
+    prepare(label="group")
+  with pytest.raises(ValueError, match="label='kind' .* below 2; in split 'one' a record has 2"):
+    prepare(label="kind", classes=("a", "b"))
+  with pytest.raises(ValueError, match="evals.zeroshot, split 'three': path .* matches no file"):
+    prepare(select_split="three")
+  with pytest.raises(ValueError, match="evals.zeroshot.splits must be a tuple of names, got 'one'"):
+    prepare(splits="one")

@@ -1,6 +1,7 @@
 """Diagnostics are their definitions, log files hold each step once, rates are right."""
 
 import json
+import sys
 import types
 
 import jax.numpy as jnp
@@ -156,6 +157,22 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_read_jsonl_of_no_file_is_empty(tmp_path):
   assert metrics.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_wandb_run_is_that_of_its_workdir(tmp_path, monkeypatch):
+  """Resumed with its id; another workdir of the same name starts its own."""
+  asked = []
+
+  def init(*, id, **_):
+    asked.append(id)
+    return types.SimpleNamespace(id=id or f"run{len(asked)}", log=print, finish=lambda: None)
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+  for folder in ("a", "a", "b"):
+    (tmp_path / folder / "tiny").mkdir(parents=True, exist_ok=True)
+    writer = metrics.Writer(str(tmp_path / folder / "tiny"), resumed_step=0, wandb="project")
+    writer.close()
+  assert asked == [None, "run1", None]
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from jepa_vl.data import sources
 
 
 def test_a_pattern_without_files_names_the_key():
-  with pytest.raises(FileNotFoundError, match="data.path='/nowhere/.*' matches no file"):
+  with pytest.raises(FileNotFoundError, match="path '/nowhere/.*' matches no file.*data.path"):
     sources.open_source("array_record", "/nowhere/*.array_record", "")
 
 
@@ -30,8 +30,8 @@ def test_files_are_joined_in_the_order_of_their_names(tmp_path):
 
 
 def test_identity_tells_data_sets_apart(tmp_path):
-  for name, count in (("a", 3), ("b", 4)):
-    write(tmp_path / name, [record(i) for i in range(count)])
+  for name, first in (("a", 0), ("b", 1)):  # of one size, and with one number of records
+    write(tmp_path / name, [record(i) for i in range(first, first + 3)])
   a, b, both, again = (sources.ArrayRecord(str(tmp_path / p)) for p in ("a", "b", "[ab]", "a"))
   assert len({s.identity for s in (a, b, both)}) == 3
   assert a.identity == again.identity

@@ -1,12 +1,15 @@
 """The loop in one process; what a user meets on the command line is in test_main.py."""
 
+import math
 import os
 import signal
+import threading
+import time
 
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jepa_vl import train
+from jepa_vl import metrics, train
 from jepa_vl.data import pipeline
 
 
@@ -47,10 +50,37 @@ def test_a_worker_that_dies_of_itself_is_an_error(config, tmp_path, monkeypatch)
   assert not (tmp_path / "checkpoints" / "3").exists()
 
 
-def test_the_device_is_idle_since_its_last_step_was_done(config):
-  steps = train.StepLog(config, None, None, None, 0)
+def test_waiting_for_data_is_told(config, tmp_path, monkeypatch):
+  """Batches that come late show as waiting, in the log and as a warning; prompt ones do not."""
+  real, said = pipeline.batches, []
+  monkeypatch.setattr(train.log, "warning", lambda text, *args: said.append(text % args))
+  config.steps, config.log_every = 5, 1
+  waited = {}
+  for pause in (0.0, 1.5):  # a step takes a fraction of a second
+
+    def batches(*args, pause=pause, **kwargs):
+      for batch in real(*args, **kwargs):
+        time.sleep(pause)
+        yield batch
+
+    monkeypatch.setattr(pipeline, "batches", batches)
+    assert train.train(config, str(tmp_path / str(pause))) == 0
+    logged = metrics.read_jsonl(tmp_path / str(pause) / "metrics.jsonl")
+    waited[pause] = np.mean([r["data_wait"] for r in logged[2:]])  # compiled and under way
+  assert waited[0.0] < 0.4 < waited[1.5] <= 1
+  assert any("waiting for data" in text for text in said)
+
+
+def test_the_device_is_not_idle_while_a_step_runs(config):
+  class Running:
+    def block_until_ready(self):
+      done.wait()
+
+  done, steps = threading.Event(), train.StepLog(config, None, None, None, 0)
   assert steps.idle_since() == 0.0
-  steps.push(1, {"loss": jnp.ones(())}, train.DataCounters(0.01), 0.0)
-  steps._finished.result()
-  done = steps.idle_since()
-  assert 0 < done <= train.time.perf_counter() and steps.idle_since() == done
+  steps.push(1, {"loss": Running()}, train.DataCounters(0.01), 0.0)
+  assert steps.idle_since() == math.inf
+  done.set()
+  while steps.idle_since() == math.inf:
+    time.sleep(0.01)
+  assert 0 < steps.idle_since() <= time.perf_counter()

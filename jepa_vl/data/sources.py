@@ -4,6 +4,7 @@ A record is a dict with `image` (encoded bytes), `caption` (str) and, where a da
 `tags` (list of str) and labels for evaluation.
 """
 
+import functools
 import glob
 import hashlib
 import os
@@ -26,8 +27,8 @@ class ArrayRecord:
     self.paths = sorted(glob.glob(pattern))
     if not self.paths:
       raise FileNotFoundError(
-        f"data.path={pattern!r} matches no file; expected one or more ArrayRecord files, for "
-        "example --config.data.path='/data/pairs/train-*.array_record'"
+        f"path {pattern!r} matches no file; expected one or more ArrayRecord files, for example "
+        "--config.data.path='/data/pairs/train-*.array_record'"
       )
     self._reader = _open(self.paths)
 
@@ -47,12 +48,17 @@ class ArrayRecord:
       raise DamagedRecord(f"record {index}: 'caption' must be a string, 'tags' a list of strings")
     return record
 
-  @property
+  @functools.cached_property
   def identity(self):
-    """Changes when the files' names, sizes or number of records do."""
+    """Changes with the files' names and sizes, the number of records and a sample of them."""
     parts = [f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths]
-    digest = hashlib.sha256("\n".join([*parts, str(len(self))]).encode()).hexdigest()[:16]
-    return f"{len(self)} records, {digest}"
+    n = len(self)
+    for index in sorted({i * (n - 1) // 7 for i in range(8)}):  # sizes are of whole 64 KiB blocks
+      try:
+        parts.append(repr(self[index]))
+      except DamagedRecord as e:
+        parts.append(str(e))
+    return f"{n} records, {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _open(paths):

@@ -1,10 +1,14 @@
 """Evaluations by name: run(encode, variables, mesh, **cfg) -> {key: float}.
 
-`config.evals` maps a name of EVALS to the keyword arguments of its `run`. A key may come with
-floors, the same key followed by "@random", "@majority" or "@raw_pixels".
+`config.evals` maps a name of EVALS to the keyword arguments of its `run`. Every evaluation has
+`source` (a name of jepa_vl.data.sources.SOURCES), `path` and `splits`, a tuple of names; in the
+path "{split}" stands for the name. Keys that end in `_split` name further ones, and `label` is the
+field of the records that holds a class, counted from 0. Of what `run` returns, a key may come with
+floors: the same key followed by "@random", "@majority" or "@raw_pixels".
 """
 
 import inspect
+import math
 
 import numpy as np
 
@@ -35,23 +39,37 @@ def prepare(encode, cfg):
   """Reads all splits that the config names, so that what is amiss is said at the start.
 
   Raises:
-    ValueError: a split cannot be read, is the same as another, or lacks the `label` of a record.
+    ValueError: a split cannot be read, is the same as another of its evaluation, or has a record
+      without a class in `label`.
   """
-  seen = {}
   for name, keys in cfg.items():
+    if isinstance(keys.splits, str):
+      raise ValueError(f"evals.{name}.splits must be a tuple of names, got {keys.splits!r}")
+    seen = {}
     for split in (*keys.splits, *(keys[k] for k in keys if k.endswith("_split"))):
-      data = encode.split(keys.source, keys.path, split)
-      first = seen.setdefault((keys.source, data.identity), split)
+      try:
+        data = encode.split(keys.source, keys.path, split)
+      except (ValueError, OSError) as e:
+        raise ValueError(f"evals.{name}, split {split!r}: {e}") from e
+      first = seen.setdefault(data.identity, split)
       if first != split:
         raise ValueError(
           f"evals.{name}: the splits {first!r} and {split!r} are the same records; where a path "
           'holds several splits, write "{split}" in it in place of their names'
         )
-      if "label" in keys and any(keys.label not in r for r in data.records):
-        raise ValueError(
-          f"evals.{name}.label={keys.label!r} is missing in records of split {split!r}; they have "
-          f"{', '.join(data.records[0])}"
-        )
+      if "label" in keys:
+        _check_labels(name, keys, split, data.records)
+
+
+def _check_labels(name, keys, split, records):
+  classes = len(keys.get("classes", ())) or math.inf  # a probe takes as many as there are
+  for record in records:
+    label = record.get(keys.label)
+    if type(label) is not int or not 0 <= label < classes:
+      raise ValueError(
+        f"evals.{name}.label={keys.label!r} must be a class, counted from 0, below {classes}; in "
+        f"split {split!r} a record has {label!r}, and its fields are {', '.join(record)}"
+      )
 
 
 def run_all(encode, variables, mesh, cfg):
