@@ -25,6 +25,10 @@ def main(argv):
     sys.exit(_wrong_usage(f"unexpected argument {argv[1]!r}; flags are --name=value"))
   if _CONFIG.value is None:
     sys.exit(_wrong_usage("--config=FILE is needed, for example --config=configs/tiny.py"))
+  try:
+    _CONFIG.value.keys()
+  except OSError as e:  # kept back by the flag until the config is used
+    sys.exit(_wrong_usage(f"--config cannot be loaded: {str(e).splitlines()[-1].strip()}"))
   if _MODE.value == "eval" and _CHECKPOINT.value is None:
     sys.exit(_wrong_usage("--mode=eval needs --checkpoint=WORKDIR/checkpoints/STEP"))
   _start_logging()
@@ -88,7 +92,13 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-    sys.exit(_wrong_usage(str(e).strip("'\"")))
+    while e.args and isinstance(e.args[0], Exception):
+      e = e.args[0]  # a misspelt key: the config's own sentence lies inside
+    sys.exit(_wrong_usage(str(e.args[0] if isinstance(e, KeyError) else e)))
+  except Exception as e:  # the config is Python: whatever its code raises
+    if "--debug" in argv:
+      raise
+    sys.exit(_wrong_usage(f"--config cannot be loaded: {type(e).__name__}: {e}"))
 
 
 if __name__ == "__main__":

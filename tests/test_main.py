@@ -76,6 +76,22 @@ def test_bad_input_is_named_without_a_traceback(tmp_path, flags, code, words):
   assert "Traceback" not in output
 
 
+def test_a_misspelt_key_is_said_on_lines_of_its_own():
+  """The library's sentence, without the quotes and escapes of an exception within another."""
+  _, output = run("--config.objective.lamda_img=0")
+  assert "usage error: 'lamda_img'\nDid you mean \"lambda_img\"" in output
+
+
+@pytest.mark.parametrize("text", [None, "import nothing_of_this_name", "x = ("])
+def test_a_config_that_cannot_be_loaded_is_wrong_usage(tmp_path, text):
+  path = tmp_path / "mine.py"
+  if text:
+    path.write_text(text)
+  status, output = run(f"--config={path}", small=False)
+  assert status == 2 and "Traceback" not in output, output
+  assert (text or str(path)).split()[-1][:7] in output
+
+
 def test_debug_shows_the_traceback(tmp_path):
   status, output = run(f"--workdir={tmp_path}", "--config.model.patch_size=7", "--debug")
   assert status == 1 and "Traceback" in output
