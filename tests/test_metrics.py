@@ -107,6 +107,30 @@ def test_collapse_warning_from_real_embeddings():
     assert bool(warning) == fires
 
 
+# --- effective rank
+
+
+def spectrum_rank(z):
+  s = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
+  p = s[s > 1e-9 * s[0]] / s.sum()
+  return np.exp(-np.sum(p * np.log(p)))
+
+
+def test_effective_rank_reads_the_dimensions_in_use():
+  rng = np.random.default_rng(0)
+  z = {"isotropic": rng.normal(size=(400, 32))}
+  z["line"] = rng.normal(size=(400, 1)) @ rng.normal(size=(1, 32))
+  z["decaying"] = z["isotropic"] * 0.7 ** np.arange(32) + 5
+  z["few rows"] = z["isotropic"][:10]
+  found = {k: float(metrics.effective_rank(jnp.asarray(v, jnp.float32))) for k, v in z.items()}
+  assert found["isotropic"] > 31 and found["line"] < 1.1
+  assert found["few rows"] == pytest.approx(9, abs=0.7)
+  for k, v in z.items():
+    assert found[k] == pytest.approx(spectrum_rank(v), rel=0.05), k
+  constant = float(metrics.effective_rank(jnp.full((50, 32), 0.1)))
+  assert 1 <= constant < 1.1
+
+
 # --- files
 
 

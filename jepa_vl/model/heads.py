@@ -11,6 +11,7 @@ class Head(nn.Module):
   """(B, .) -> (B, out_dim) float32 through `depth` hidden layers; depth 0 is the identity.
 
   Depth 1 is the reference's embedding head ("pre-projection"), 4 its predictor ("projector").
+  `dropout` acts after each hidden layer, in training alone.
   BatchNorm statistics are those of the global batch, as SyncBatchNorm's. A Dense before a
   BatchNorm has no bias: BatchNorm removes any constant, so the reference's bias there has exactly
   zero gradient and Adam would turn its round-off into steps (an imported bias is folded into the
