@@ -30,12 +30,16 @@ def test_files_are_joined_in_the_order_of_their_names(tmp_path):
 
 
 def test_identity_tells_data_sets_apart(tmp_path):
-  for name, first in (("a", 0), ("b", 1)):  # of one size, and with one number of records
-    write(tmp_path / name, [record(i) for i in range(first, first + 3)])
-  a, b, both, again = (sources.ArrayRecord(str(tmp_path / p)) for p in ("a", "b", "[ab]", "a"))
-  assert len({s.identity for s in (a, b, both)}) == 3
-  assert a.identity == again.identity
-  assert a.identity.startswith("3 records, ")
+  """Also files of one name, size and number of records; the folder that they lie in is nothing."""
+  for folder, first in (("one", 0), ("two", 1), ("again", 0)):
+    (tmp_path / folder).mkdir()
+    write(tmp_path / folder / "a", [record(i) for i in range(first, first + 3)])
+  write(tmp_path / "two" / "b", [record(0)])
+  patterns = ("one/a", "two/a", "two/*", "again/a")
+  one, two, both, again = (sources.ArrayRecord(str(tmp_path / p)).identity for p in patterns)
+  assert len({one, two, both}) == 3
+  assert one == again
+  assert one.startswith("3 records, ")
 
 
 @pytest.mark.parametrize(
