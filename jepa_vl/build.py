@@ -141,7 +141,8 @@ def check_batch(config, mesh):
   micro, rest = divmod(config.batch_size, config.accumulate)
   if rest:
     raise ValueError(
-      f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}"
+      f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}; choose a "
+      "divisor"
     )
   shards = sharding.batch_shards(mesh)
   if micro % shards:

@@ -63,11 +63,12 @@ def prepare(encode, cfg):
 
 def _check_labels(name, keys, split, records):
   classes = len(keys.get("classes", ())) or math.inf  # a probe takes as many as there are
+  below = f" and below {classes}" if classes < math.inf else ""
   for record in records:
     label = record.get(keys.label)
     if type(label) is not int or not 0 <= label < classes:
       raise ValueError(
-        f"evals.{name}.label={keys.label!r} must be a class, counted from 0, below {classes}; in "
+        f"evals.{name}.label={keys.label!r} must be a class counted from 0{below}; in "
         f"split {split!r} a record has {label!r}, and its fields are {', '.join(record)}"
       )
 
