@@ -1,11 +1,13 @@
 """Checkpoints by orbax: asynchronous, atomic, with what is needed to open them kept inside."""
 
 import contextlib
+import glob
 import logging
 import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Checkpoints:
     if step == self.latest:
       return
     meta = {**meta, "fingerprint": fingerprint(state)}
+    meta["variables_fingerprint"] = fingerprint(state.variables)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     with self._failure_in_words():
       self._manager.save(step, args=items)
@@ -115,29 +118,84 @@ class Checkpoints:
     self._manager.close()
 
 
-def read(path, abstract_state, check):
-  """The state of one checkpoint folder, WORKDIR/checkpoints/STEP, after `check(meta)`.
+VARIABLES = ("params", "batch_stats")  # the part of a state that a model takes
+
+
+def find(path):
+  """WORKDIR/checkpoints/STEP from itself or, the newest, from WORKDIR; None if it is neither."""
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.basename(path).isdigit():
+    steps = glob.glob(os.path.join(glob.escape(path), "checkpoints", "[0-9]*"))
+    steps = [s for s in steps if os.path.basename(s).isdigit()]
+    path = max(steps, key=lambda s: int(os.path.basename(s)), default="")
+  return path if os.path.isdir(os.path.join(path, "state")) else None
+
+
+def read(path, abstract_variables, check):
+  """The variables of one checkpoint, WORKDIR/checkpoints/STEP, after `check(meta)`.
+
+  `abstract_variables`: ShapeDtypeStructs with shardings, or None for NumPy arrays as they were
+  saved. The optimizer's state is not read.
 
   Raises:
     ValueError: from `check`, or the folder holds no readable checkpoint.
   """
-  folder, step = os.path.split(os.path.abspath(os.path.expanduser(path)))
-  if not step.isdigit() or not os.path.isdir(os.path.join(folder, step)):
-    raise ValueError(f"--checkpoint={path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
-  options = ocp.CheckpointManagerOptions(read_only=True)
-  with ocp.CheckpointManager(folder, options=options) as manager:
+  found = find(path)
+  if not found:
+    raise ValueError(f"{path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
+  folder, step = os.path.split(found)
+  with _reader(folder) as manager:
     try:
-      return _read_step(manager, int(step), abstract_state, check)
+      meta = _read_meta(manager, int(step))
+      check(meta)
+      return _read_variables(manager, int(step), abstract_variables, meta)
     except Damaged as e:
-      raise ValueError(f"--checkpoint={path} cannot be read: {e}") from e
+      raise ValueError(f"{found} cannot be read: {e}") from e
+
+
+def read_meta(path):
+  """What the checkpoint at `path` holds beside its arrays. Raises ValueError as `read` does."""
+  folder, step = os.path.split(find(path))
+  with _reader(folder) as manager:
+    try:
+      return _read_meta(manager, int(step))
+    except Damaged as e:
+      raise ValueError(f"{path} cannot be read: {e}") from e
+
+
+def _reader(folder):
+  handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _read_variables(manager, step, abstract_variables, meta):
+  try:
+    if abstract_variables is None:
+      item = {k: manager.item_metadata(step)["state"][k] for k in VARIABLES}
+      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    else:
+      item = abstract_variables
+      restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    variables = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+  except Exception as e:  # tensorstore's and orbax's own
+    raise Damaged(_first_line(e)) from e
+  if fingerprint(variables) != meta.get("variables_fingerprint"):
+    raise Damaged("its arrays are not those that were saved (checksum differs)")
+  return variables
+
+
+def _read_meta(manager, step):
+  try:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+  except Exception as e:  # tensorstore, orbax and json each raise their own
+    raise Damaged(_first_line(e)) from e
 
 
 def _read_step(manager, step, abstract_state, check):
   """The state of one step; raises Damaged, or whatever `check(meta)` raises."""
-  try:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-  except Exception as e:  # tensorstore, orbax and json each raise their own
-    raise Damaged(_first_line(e)) from e
+  meta = _read_meta(manager, step)
   check(meta)
   try:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))

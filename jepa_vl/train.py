@@ -310,9 +310,9 @@ def evaluate_checkpoint(config, path):
   run = build(config, training=False)
   fixed = [k for k in FIXED_KEYS if k not in ("model.statistics", "text.readout", "data.source")]
   check = lambda meta: check_resume(meta, run, fixed)
-  state = checkpoint.read(path, run.abstract_state, check)
+  variables = checkpoint.read(path, run.abstract_state.variables, check)
   encode = make_encode(run)
   evals.prepare(encode, config.evals)
-  trained = evals.run_all(encode, state.variables, run.mesh, config.evals)
+  trained = evals.run_all(encode, variables, run.mesh, config.evals)
   print(evals.format_table(table_with_floors(run, encode, trained)))
   return 0

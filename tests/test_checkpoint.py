@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jepa_vl import checkpoint, sharding
+from jepa_vl.state import TrainState
 
 # Orbax leaves an event loop open when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -19,10 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def make_state(seed):
   key = jax.random.key(seed)
-  return {
-    "params": {"kernel": jax.random.normal(key, (64, 32)), "bias": jnp.arange(8.0) + seed},
-    "step": jnp.int32(seed),
-  }
+  params = {"kernel": jax.random.normal(key, (64, 32)), "bias": jnp.arange(8.0) + seed}
+  stats = {"mean": jnp.arange(4.0) - seed}
+  return TrainState(jnp.int32(seed), params, stats, jax.tree.map(jnp.square, params))
 
 
 def shapes(state):
@@ -161,12 +161,46 @@ def test_fingerprint_is_of_the_bits_not_of_the_layout():
   rows = lambda x: NamedSharding(mesh, P(sharding.BATCH) if x.ndim else P())
   split = jax.device_put(state, jax.tree.map(rows, state))
   assert checkpoint.fingerprint(split) == number
-  state["params"]["kernel"] = state["params"]["kernel"].at[3, 5].add(1e-6)
-  assert checkpoint.fingerprint(state) != number
+  kernel = state.params["kernel"].at[3, 5].add(1e-6)
+  assert checkpoint.fingerprint(state.replace(params={**state.params, "kernel": kernel})) != number
 
 
-def test_reading_one_checkpoint(saved):
-  state = checkpoint.read(str(saved / "1"), shapes(make_state(0)), check=lambda meta: None)
-  jax.tree.map(np.testing.assert_array_equal, state, make_state(1))
+@pytest.mark.parametrize("abstract", [None, shapes(make_state(0).variables)], ids=["numpy", "mesh"])
+def test_reading_the_variables_of_one_checkpoint(saved, abstract):
+  seen = []
+  variables = checkpoint.read(str(saved / "1"), abstract, check=seen.append)
+  jax.tree.map(np.testing.assert_array_equal, variables, make_state(1).variables)
+  assert seen == [checkpoint.read_meta(str(saved / "1"))] and seen[0]["step"] == 1
+  kind = np.ndarray if abstract is None else jax.Array
+  assert all(isinstance(x, kind) for x in jax.tree.leaves(variables))
   with pytest.raises(ValueError, match="no checkpoint folder"):
-    checkpoint.read(str(saved / "7"), shapes(make_state(0)), check=lambda meta: None)
+    checkpoint.read(str(saved / "7"), abstract, check=lambda meta: None)
+
+
+def test_the_newest_checkpoint_of_a_workdir_is_found(saved):
+  checkpoints = checkpoint.Checkpoints(saved, keep=3)
+  checkpoints.save(10, make_state(10), {})
+  checkpoints.close()
+  (saved / "20.damaged").mkdir()
+  assert checkpoint.find(str(saved.parent)) == str(saved / "10")  # a number, not a word
+  assert checkpoint.find(str(saved / "2")) == str(saved / "2")
+  assert checkpoint.find(str(saved)) is None and checkpoint.find(str(saved / "20")) is None
+
+
+def test_reading_variables_notices_damage_to_their_arrays(saved):
+  """Every file in which a flipped byte changes what is read."""
+  noticed = 0
+  for path in files_of(saved / "1"):
+    with open(path, "r+b") as f:
+      whole = f.read()
+      f.seek(len(whole) // 2)
+      f.write(bytes([whole[len(whole) // 2] ^ 0xFF]))
+    try:
+      found = checkpoint.read(str(saved / "1"), None, check=lambda meta: None)
+      jax.tree.map(np.testing.assert_array_equal, found, make_state(1).variables)
+    except ValueError as e:
+      assert "cannot be read" in str(e)
+      noticed += 1
+    with open(path, "wb") as f:
+      f.write(whole)
+  assert noticed >= 2
