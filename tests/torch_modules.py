@@ -39,6 +39,7 @@ def import_torchvision():
 
 torchvision, _LIBRARY = import_torchvision()
 
+import safetensors.torch  # noqa: E402, F401
 import timm  # noqa: E402
 import transformers  # noqa: E402
 

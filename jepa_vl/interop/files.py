@@ -1,6 +1,7 @@
 """Weight files as flat dictionaries of NumPy arrays; nothing that a file holds is executed."""
 
 import os
+import pickle
 import re
 
 import jax.numpy as jnp
@@ -60,18 +61,18 @@ def _read_torch(path):
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     return {name: _as_float32(x) for name, x in _leaves(loaded, "", torch)}
   except Exception as e:  # unpickling raises as many kinds as there are kinds of damage
-    reason = re.search(r"(?<=WeightsUnpickler error: ).*", str(e))
-    reason = reason[0].strip() if reason else _first_line(e)
-    if "Unsupported" in reason:
+    refused = re.search(r"GLOBAL (\S+)", str(e))  # what beside tensors the file would call
+    if refused:
       raise ValueError(
-        f"{path} holds more than tensors ({reason}). Such a file could run code when it is "
-        "opened, so nothing of it was used; save the model's state_dict() alone, at best as "
+        f"{path} holds more than tensors: it asks for {refused[1]}. Opening such a file could run "
+        "code, so nothing of it was used; save the model's state_dict() alone, at best as "
         ".safetensors"
-      ) from e
+      ) from None
+    cause = e.__context__ if isinstance(e, pickle.UnpicklingError) else None  # without advice
     raise ValueError(
-      f"{path} cannot be read as PyTorch weights ({reason}): it is damaged, cut short or another "
-      "kind of file; copy or download it again"
-    ) from e
+      f"{path} cannot be read as PyTorch weights ({_first_line(cause or e)}): it is damaged, cut "
+      "short or another kind of file; copy or download it again"
+    ) from None
 
 
 READERS = {
