@@ -20,6 +20,8 @@ def get_config():
   c.checkpoint_every = 2_000  # steps; 0: only at the end and when stopped
   c.keep_checkpoints = 2  # the newest so many stay
   c.wandb = ""  # project name; needs the wandb package
+  c.init_from = ""  # weights to start from: a checkpoint or its workdir, an exported folder, the
+  # LeVLJEPA authors' files, timm's ViT, Hugging Face's GPT2Model; several are joined by commas
 
   c.mesh = ConfigDict()
   c.mesh.data = -1  # -1: all devices that the other two leave

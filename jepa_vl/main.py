@@ -13,28 +13,36 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder for checkpoints, logs and results; runs/CONFIG if not given."
+  "workdir",
+  None,
+  "Folder for checkpoints, logs and results, runs/CONFIG if not given; of export, where to write.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "WORKDIR/checkpoints/STEP, for --mode=eval.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "export"], "What to do.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "WORKDIR/checkpoints/STEP, for --mode=eval and export; export takes weight files too.",
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
 def main(argv):
   if len(argv) > 1:
     sys.exit(_wrong_usage(f"unexpected argument {argv[1]!r}; flags are --name=value"))
-  if _CONFIG.value is None:
-    sys.exit(_wrong_usage("--config=FILE is needed, for example --config=configs/tiny.py"))
-  try:
-    _CONFIG.value.keys()
-  except OSError as e:  # kept back by the flag until the config is used
-    sys.exit(_wrong_usage(f"--config cannot be loaded: {str(e).splitlines()[-1].strip()}"))
-  if _MODE.value == "eval" and _CHECKPOINT.value is None:
-    sys.exit(_wrong_usage("--mode=eval needs --checkpoint=WORKDIR/checkpoints/STEP"))
+  export = _MODE.value == "export"
+  if not export:  # for an export all lies in the checkpoint
+    _check_config()
+  if _MODE.value != "train" and _CHECKPOINT.value is None:
+    sys.exit(_wrong_usage(f"--mode={_MODE.value} needs --checkpoint=WORKDIR/checkpoints/STEP"))
+  if export and _WORKDIR.value is None:
+    sys.exit(_wrong_usage("--mode=export needs --workdir=FOLDER to write to"))
   _start_logging()
   try:
     from jepa_vl import train  # late: a usage error should not wait for JAX
+    from jepa_vl.export import export as export_model
 
+    if export:
+      sys.exit(export_model(_CHECKPOINT.value, _WORKDIR.value))
     if _MODE.value == "train":
       sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
@@ -46,6 +54,15 @@ def main(argv):
       raise
     print(f"error: {_in_words(e)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _check_config():
+  if _CONFIG.value is None:
+    sys.exit(_wrong_usage("--config=FILE is needed, for example --config=configs/tiny.py"))
+  try:
+    _CONFIG.value.keys()
+  except OSError as e:  # kept back by the flag until the config is used
+    sys.exit(_wrong_usage(f"--config cannot be loaded: {str(e).splitlines()[-1].strip()}"))
 
 
 def _in_words(error):

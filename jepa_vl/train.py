@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from jepa_vl import checkpoint, evals, metrics, optim, sharding
+from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, make_encode
 from jepa_vl.data import pipeline
@@ -41,6 +41,8 @@ def train(config, workdir):
       )
   else:
     start, state = 0, state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
+    if config.init_from:
+      state = initialise_from(config.init_from, state)
   if jax.process_index() == 0:
     with open(os.path.join(workdir, "config.json"), "w") as f:
       f.write(config.to_json_best_effort(indent=2) + "\n")
@@ -52,6 +54,27 @@ def train(config, workdir):
   finally:
     writer.close()
     checkpoints.close()
+
+
+def initialise_from(spec, state):
+  """The state with the weights of the files `spec` in place of its own; says what is whose.
+
+  Raises:
+    ValueError, FileNotFoundError: as `interop.read` and `interop.fit`.
+  """
+  own = state.variables
+  variables, left_out, left_alone = interop.fit(interop.read(spec), own)
+  put = lambda x, like: like if x is like else jax.make_array_from_callback(
+    like.shape, like.sharding, lambda index: x[index]
+  )  # fmt: skip
+  variables = jax.tree.map(put, variables, own)
+  loaded = sorted(set(variables["params"]) - set(left_alone))
+  log.info("init_from: %s of %s", ", ".join(loaded), spec)
+  if left_alone:
+    log.info("init_from: not in the files, newly initialised: %s", ", ".join(left_alone))
+  if left_out:
+    log.info("init_from: in the files, not in this model: %s", ", ".join(left_out))
+  return state.replace(**variables)
 
 
 def _loop(run, workdir, start, state, checkpoints, writer):

@@ -10,8 +10,9 @@ RANK = {
   "state": 2, "data": 2, "objectives": 2, "interop": 2,
   "step": 3, "evals": 3,
   "build": 4,
-  "train": 5,
-  "main": 6,
+  "train": 5, "encoder": 5,
+  "export": 6,
+  "main": 7,
 }  # fmt: skip
 
 

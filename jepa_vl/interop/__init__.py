@@ -1,13 +1,15 @@
 """Weights from and to PyTorch: timm's ViT, Hugging Face's GPT2Model, the LeVLJEPA authors' files.
 
-`read` takes files of any of these forms and gives variables in our names and layouts, `shapes`
-says which config builds their model, `fit` puts them into a model's variables; `levljepa.save`
-writes the authors' form. PyTorch itself is needed for .pt, .pth and .bin files alone.
+`read` takes files of any of these forms, and our own checkpoints, and gives variables in our names
+and layouts, `shapes` says which config builds their model, `fit` puts them into a model's
+variables; `levljepa.save` writes the authors' form. PyTorch itself is needed for .pt, .pth and .bin
+files alone.
 """
 
 import os
 import re
 
+from jepa_vl import checkpoint
 from jepa_vl.interop import files, gpt2, levljepa, timm
 from jepa_vl.interop.variables import fit, merge, shapes
 
@@ -32,8 +34,9 @@ def read(spec):
   """Weight files -> {"params": {component: tree}, "batch_stats": {component: tree}}.
 
   `spec` is a path or several joined by commas: weight files, or folders with the authors' pair or
-  with Hugging Face's or timm's single file. A file is recognised by its names of tensors. The
-  result is float32 NumPy arrays in our names and layouts, and holds only what the files hold.
+  with Hugging Face's or timm's single file, or a checkpoint of ours or its workdir. A file is
+  recognised by its names of tensors. The result is float32 NumPy arrays in our names and layouts,
+  and holds only what the files hold.
 
   Raises:
     FileNotFoundError: no such file or folder.
@@ -44,6 +47,9 @@ def read(spec):
   parts = {}
   for path in [spec] if os.path.exists(spec) else spec.split(","):
     path = os.path.expanduser(path.strip())
+    if checkpoint.find(path):
+      parts[path] = checkpoint.read(path, None, check=lambda meta: None)
+      continue
     for file in _files(path) if os.path.isdir(path) else [path]:
       if file in parts:
         raise ValueError(f"{file} is given twice")
@@ -71,7 +77,7 @@ def _files(folder):
   single = [p for p in (os.path.join(folder, name) for name in HUGGING_FACE) if os.path.exists(p)]
   if not pair and not single:
     raise ValueError(
-      f"{folder} holds no weights that are known by name: expected "
+      f"{folder} holds no weights that are known by name: expected a checkpoint of ours, "
       f"{' and '.join(levljepa.FILES.values())}, *_vision_step*.pt and *_text_step*.pt, or one of "
       f"{', '.join(HUGGING_FACE)}; or give the weight files themselves, joined by commas"
     )

@@ -24,6 +24,16 @@ TOWERS = {"image": timm.TABLE, "text": gpt2.TABLE}
 SCALARS = ("log_scale", "bias")  # ours alone: what a contrastive baseline learns beside
 LEFT_OUT = rf"\.num_batches_tracked$|{timm.LEFT_OUT}|{gpt2.LEFT_OUT}"
 POSITIONS = 1024  # rows that the authors' loading code expects: GPT2Config's default
+# What the authors' files do not say of themselves: how the released weights were trained (release
+# 2, and its zero-shot preprocessing), and how we compute. The rest of a config is in the shapes.
+CONFIG = {
+  "model": {
+    "statistics": "clip", "predictor_dropout": 0.0, "predict_from": "views",
+    "scan": True, "remat": "none", "dtype": "auto",
+  },
+  "text": {"length": 77, "readout": "eot"},
+  "data": {"eval_resize": 256 / 224},
+}  # fmt: skip
 NEEDED = ("image", "image_head", "text", "text_head")
 
 
@@ -212,6 +222,21 @@ def describe(variables):
     "projector_width": found["model.hidden_dim"],
     "projector_depth": found["model.predictor_depth"],
   }
+
+
+def read_config(path):
+  """config.json of a folder, as a dictionary; {} if there is none. Raises ValueError if damaged."""
+  file = os.path.join(os.path.expanduser(path), "config.json")
+  if not os.path.isfile(file):
+    return {}
+  try:
+    with open(file, encoding="utf-8") as f:
+      config = json.load(f)
+  except ValueError as e:  # no JSON, or no text
+    raise ValueError(f"{file} is no JSON ({e}); export or download it again") from e
+  if not isinstance(config, dict):
+    raise ValueError(f"{file} holds no JSON object; export or download it again")
+  return config
 
 
 def _write_text(path, text):
