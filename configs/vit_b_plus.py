@@ -1,4 +1,4 @@
-"""vit_b as LeVLJEPA+: two global and four local views of each image, 3.1 times the image FLOPs."""
+"""vit_b as LeVLJEPA+: two global and four local views of each image, 109 GFLOP a pair forward."""
 
 from configs import vit_b
 
