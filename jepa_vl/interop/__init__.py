@@ -43,7 +43,7 @@ def read(spec):
     ValueError: a file cannot be read, is of none of these forms or does not fit its form (every
       name is listed), or two files hold the same component.
   """
-  spec = os.path.expanduser(spec)
+  spec = os.path.expanduser(str(spec))
   parts = {}
   for path in [spec] if os.path.exists(spec) else spec.split(","):
     path = os.path.expanduser(path.strip())

@@ -130,8 +130,9 @@ def load(path):
     FileNotFoundError: no such file.
     ValueError: there is no such pair, or a file cannot be read or does not fit.
   """
-  path = os.path.expanduser(path)
-  paths = pair(path) if os.path.isdir(path) else path.split(",")
+  paths = [os.path.expanduser(p.strip()) for p in str(path).split(",")]
+  if len(paths) == 1 and os.path.isdir(paths[0]):
+    paths = pair(paths[0])
   if len(paths) != 2:
     raise ValueError(
       f"{path} is no LeVLJEPA checkpoint: expected a folder with {' and '.join(FILES.values())} or "
