@@ -46,7 +46,9 @@ def get_config():
   c.text = ConfigDict()
   c.text.length = 77  # tokens, L, EOT included; longer captions are cut and counted
   c.text.readout = "eot"  # eot (release 2), last (release 1)
-  c.text.tokenizer = ""  # "emoji" (embedded) or the path of a SentencePiece .model
+  # "emoji" (embedded), a SentencePiece .model, GPT-2's tokenizer.json, or a folder with
+  # tokenizer.json, with vocab.json and merges.txt, or with tokenizer.model
+  c.text.tokenizer = ""
 
   c.objective = ConfigDict()
   c.objective.name = "levljepa"  # levljepa, levljepa_plus, clip, siglip
