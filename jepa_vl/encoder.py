@@ -44,6 +44,12 @@ def load(path, *, tokenizer=None, readout=None, statistics=None, batch_size=64):
     ValueError: it is damaged, holds no whole model, or its parts do not fit each other.
   """
   loaded = interop.read(path)
+  missing = [name for name in levljepa.NEEDED if name not in loaded["params"]]
+  if missing:
+    raise ValueError(
+      f"{path} holds no whole model: without {', '.join(missing)}. Weights of a tower alone are "
+      "for --config.init_from"
+    )
   found = _describe(path, loaded)
   changes = {"text": {"readout": readout}, "model": {"statistics": statistics}}
   for part, values in changes.items():
@@ -105,7 +111,7 @@ class Encoder:
         f"the tokenizer has {tokenizer.vocab_size} tokens and the text tower {vocabulary}: give "
         "the tokenizer that the model was trained with"
       )
-    scalars = {name: 0.0 for name, x in loaded["params"].items() if np.ndim(x) == 0}
+    scalars = {name: 0.0 for name, x in loaded["params"].items() if not isinstance(x, dict)}
     self._model = two_tower.from_config(
       config.model, config.text, vocab_size=vocabulary or 1, dtype=compute_dtype(config.model),
       scalars=scalars,
@@ -115,10 +121,8 @@ class Encoder:
     variables, left_out, lacking = interop.fit(loaded, {"batch_stats": {}, **jax.eval_shape(init)})
     if lacking or left_out:
       raise ValueError(
-        f"no whole model: without {', '.join(lacking)}. Both towers and their heads are needed; "
-        "weights of a tower alone are for --config.init_from"
-        if lacking
-        else f"{', '.join(left_out)} in the files, but not in the model that their config names"
+        "the weights are not of the model that is described beside them: "
+        f"{', '.join(lacking) or 'nothing'} missing, {', '.join(left_out) or 'nothing'} unexpected"
       )
     self.variables = jax.tree.map(jnp.asarray, variables)
     self._apply = jax.jit(self._model.apply, static_argnames="train")

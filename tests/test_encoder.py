@@ -164,8 +164,10 @@ def test_an_export_opens_as_what_was_exported(model, exported, images):
 def test_the_model_card_tells_data_steps_figures_and_config(exported):
   with open(os.path.join(exported, "README.md")) as f:
     card = f.read()
-  for words in ("`emoji`", "| Steps, batch | 2, 16 |", "sentencepiece of ", "retrieval val i2t/avg/R@10",
-                "shorter side to 18 px, centre crop of 16 px", '"num_slices": 64'):  # fmt: skip
+  for words in (
+    "`emoji`", "| Steps, batch | 2, 16 |", "sentencepiece of ", "retrieval val i2t/avg/R@10",
+    "shorter side to 18 px, centre crop of 16 px", '"num_slices": 64',
+  ):  # fmt: skip
     assert words in card, words
   with open(os.path.join(exported, "config.json")) as f:
     described = json.load(f)

@@ -21,6 +21,8 @@ LAYOUTS = (
 class SentencePiece:
   """A SentencePiece model, held as bytes so that a checkpoint can carry it."""
 
+  filename = "tokenizer.model"  # of `model` in a folder that `load` opens
+
   def __init__(self, model):
     import sentencepiece
 
@@ -60,6 +62,8 @@ class GPT2BPE:
   Raises:
     ValueError: the bytes are no tokenizer.json, of no BPE, or without EOT.
   """
+
+  filename = "tokenizer.json"  # of `model` in a folder that `load` opens
 
   def __init__(self, model):
     import tokenizers
