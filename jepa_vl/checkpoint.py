@@ -181,7 +181,9 @@ def _read_variables(manager, step, abstract_variables, meta):
     variables = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
   except Exception as e:  # tensorstore's and orbax's own
     raise Damaged(_first_line(e)) from e
-  if fingerprint(variables) != meta.get("variables_fingerprint"):
+  if "variables_fingerprint" not in meta:
+    log.warning("this checkpoint is of an older version, without a checksum of its variables alone")
+  elif fingerprint(variables) != meta["variables_fingerprint"]:
     raise Damaged("its arrays are not those that were saved (checksum differs)")
   return variables
 

@@ -28,6 +28,7 @@ def export(path, folder):
   model = encoder.load(path)
   config = model.config.to_dict()
   described = {
+    "model_type": config.get("objective", {}).get("name", "levljepa"),
     "preprocessing": _preprocessing(config),
     "jepa_vl": {
       "config": config,
@@ -73,7 +74,7 @@ def model_card(described, rows):
   """The text of the export's README.md, from its config.json and rows of `evals.table`."""
   own = described["jepa_vl"]
   config = own["config"]
-  objective = config.get("objective", {}).get("name", "levljepa")
+  objective = described["model_type"]
   data = config.get("data", {})
   width, depth, heads = SIZES[described["model_size"]]
   crop = described["preprocessing"]
@@ -98,7 +99,7 @@ def model_card(described, rows):
   if not described["projector_depth"]:
     predictor = "nn.Sequential()  # none"
   table = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
-  figures = f"```\n{evals.format_table(rows).strip()}\n```" if rows else "None at this step."
+  figures = f"```{evals.format_table(rows)}\n```" if rows else "None at this step."
   return _CARD.format(
     name=f"{objective} {described['vision_encoder']['architecture']}", facts=table, figures=figures,
     config=json.dumps(config, indent=2, sort_keys=True), width=width, depth=depth, heads=heads,

@@ -112,6 +112,8 @@ def _parse(argv):
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
     while e.args and isinstance(e.args[0], Exception):
       e = e.args[0]  # a misspelt key: the config's own sentence lies inside
+    if "Traceback" in str(e) and "--debug" not in argv:  # of a config with presets, in full
+      sys.exit(_wrong_usage(f"--config cannot be loaded: {str(e).strip().splitlines()[-1]}"))
     sys.exit(_wrong_usage(str(e.args[0] if isinstance(e, KeyError) else e)))
   except Exception as e:  # the config is Python: whatever its code raises
     if "--debug" in argv:

@@ -11,7 +11,7 @@ import time
 import pytest
 from records import write
 
-from jepa_vl import metrics
+from jepa_vl import main, metrics
 from jepa_vl.data import embedded
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,10 +54,15 @@ NO_EVALS = ["--config.evals={}"]
   (["--config.steps=many"], 2, ["steps", "many"]),
   (["--mode=fly"], 2, ["mode", "train"]),
   (["--config=configs/none.py"], 2, ["configs/none.py"]),
+  (["--config=configs/tiny.py:clop"], 2, ["no preset 'clop'", "plus, clip, siglip"]),
+  (["--mode=export"], 2, ["--mode=export needs --checkpoint"]),
+  (["--mode=export", "--checkpoint=/none"], 1, ["/none"]),
+  (["--config.init_from=/none.safetensors"], 1, ["/none.safetensors"]),
+  (["--config.data.augment=dino"], 1, ["'levljepa'", "'dino'", "configs/vit_b_plus.py"]),
   (["--config.batch_size=30", "--config.accumulate=4"], 1, ["batch_size=30", "accumulate=4"]),
   (["--config.objective.group_size=6"], 1, ["objective.group_size=6", "16 rows"]),
   (["--config.model.patch_size=7"], 1, ["model.patch_size=7", "model.image_size=16", "14"]),
-  (["--config.model.size=huge"], 1, ["model.size", "huge", "base"]),
+  (["--config.model.size=giant"], 1, ["model.size", "giant", "base"]),
   (["--config.mesh.data=3"], 1, ["mesh.data=3", "1 devices"]),
   (["--config.data.source=array_record"], 1, ["data.path", "configs/tiny.py"]),
   (["--config.data.source=array_record", "--config.data.path=/none/*.array_record"], 1,
@@ -213,6 +218,28 @@ def test_an_empty_or_truncated_file_is_named(tmp_path, size):
   flags = ["--config.data.source=array_record", f"--config.data.path={path}"]
   status, output = run(f"--workdir={tmp_path / 'run'}", *flags)
   assert status == 1 and str(path) in output and "Traceback" not in output
+
+
+def test_export_needs_no_config_and_a_run_starts_from_it(tmp_path):
+  first, exported = tmp_path / "run", tmp_path / "exported"
+  assert run(f"--workdir={first}", "--config.steps=2", *NO_EVALS)[0] == 0
+  flags = ["--mode=export", f"--checkpoint={first}/checkpoints/2", f"--workdir={exported}"]
+  status, output = run(*flags, small=False)
+  assert status == 0 and f"to {exported}" in output, output
+  assert (exported / "README.md").exists() and (exported / "tokenizer.model").exists()
+  flags = [f"--workdir={tmp_path / 'next'}", f"--config.init_from={exported}", "--config.steps=1"]
+  status, output = run(*flags, *NO_EVALS)
+  assert status == 0 and "init_from: image, image_head," in output, output
+
+
+def test_a_config_with_a_preset_has_a_folder_of_its_own(tmp_path, monkeypatch):
+  monkeypatch.setattr(main.flags, "FLAGS", {"config": None})
+  name = lambda path: monkeypatch.setattr(
+    main.config_flags, "get_config_filename", lambda _: path
+  ) or main._default_workdir()
+  assert name("configs/tiny.py") == "runs/tiny" == name("configs/tiny.py:")
+  assert name("configs/tiny.py:clip") == "runs/tiny-clip"
+  assert name("configs/vit_b.py:release1,plus") == "runs/vit_b-release1-plus"
 
 
 def test_the_whole_run_leaves_results_and_report(tmp_path):

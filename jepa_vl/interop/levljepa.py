@@ -249,7 +249,10 @@ def _replace(path, write):
   """Lets `write` fill a temporary name beside `path` and renames it, so that no half file stays."""
   temporary = f"{path}.tmp"
   try:
+    with open(temporary, "wb"):
+      mode = os.stat(temporary).st_mode
     write(temporary)
+    os.chmod(temporary, mode)  # safetensors lets nobody else read what it writes
     os.replace(temporary, path)
   finally:
     if os.path.exists(temporary):
