@@ -38,13 +38,13 @@ def main():
     )
 
 
-def results(workdir, seed):
+def results(workdir, seed, config="configs/tiny.py", flags=()):
   """Runs (or goes on with) one seed -> {"retrieval C i2t/avg/R@10": row of results.json}."""
-  command = [sys.executable, "-m", "jepa_vl.main", "--config=configs/tiny.py"]
-  command += [f"--workdir={workdir}", f"--config.seed={seed}"]
+  command = [sys.executable, "-m", "jepa_vl.main", f"--config={config}", f"--workdir={workdir}"]
+  command += [f"--config.seed={seed}", *flags]
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
-    sys.exit(f"seed {seed}: exit code {done.returncode}\n{done.stderr}")
+    sys.exit(f"{config} seed {seed}: exit code {done.returncode}\n{done.stderr}")
   with open(os.path.join(workdir, "results.json")) as f:
     return {f"{r['evaluation']} {r['split']} {r['metric']}": r for r in json.load(f)["rows"]}
 

@@ -35,6 +35,8 @@ def get_config():
   c.model.hidden_dim = 2048  # of embedding heads and predictors
   c.model.predictor_depth = 4  # hidden layers; 0 removes the predictors
   c.model.predictor_dropout = 0.0  # 0 in both releases, 0.1 in a summary of the paper
+  c.model.predict_from = "views"  # what predicts the caption in LeVLJEPA+: views (each view, as
+  # release 1 computes it), mean (their mean, as the equation reads)
   c.model.scan = True  # one compiled layer in a loop; False: unrolled, same numbers
   c.model.remat = "none"  # none, dots, full: what the backward pass recomputes
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
@@ -45,16 +47,21 @@ def get_config():
   c.text.tokenizer = ""  # "emoji" (embedded) or the path of a SentencePiece .model
 
   c.objective = ConfigDict()
-  c.objective.name = "levljepa"  # a name of jepa_vl.objectives.OBJECTIVES
+  c.objective.name = "levljepa"  # levljepa, levljepa_plus, clip, siglip
   c.objective.align = "mse"  # mse (mean over D), mse_sum (the paper's sum over D), cosine
   c.objective.stop_gradient = True  # on the predicted embeddings; False only to see it fail
   c.objective.lambda_img = 0.02  # weight of SIGReg on image embeddings; the alignment gets the rest
   c.objective.lambda_txt = 0.02  # the same on text embeddings
+  c.objective.lambda_multi = 0.2  # levljepa_plus: the same of the views' distance to their mean
   c.objective.num_slices = 4096  # multiples of 64 run fastest
   c.objective.knots = 17  # T, points of the characteristic function in [0, t_max]
   c.objective.t_max = 3.0  # the last knot
   c.objective.group_size = 256  # rows per SIGReg statistic; the reference's local batch; 0: all
   c.objective.scale_rows = 256  # its multiplier; LeJEPA's library uses the global batch
+  c.objective.scale = 1 / 0.07  # clip, siglip: the cosines' first scale; learned, as its logarithm
+  c.objective.scale_max = 100.0  # clip: the scale is held at this
+  c.objective.bias = -10.0  # siglip: the first bias; learned
+  c.objective.chunk_size = 1024  # siglip: captions that a batch of images meets at once; 0: all
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # a name of jepa_vl.optim.OPTIMIZERS
@@ -65,7 +72,7 @@ def get_config():
   c.optim.final = 0.1  # share of lr at the last step
   c.optim.decay = 0.15  # wsd: share of the steps that decay
   c.optim.weight_decay = 0.01  # decoupled, times the learning rate, as PyTorch's
-  c.optim.decay_on = "all"  # all (the reference), matrices
+  c.optim.decay_on = "all"  # all (the reference) but learned scalars, matrices
   c.optim.b1 = 0.9  # decay of Adam's first moment
   c.optim.b2 = 0.999  # of the second
   c.optim.eps = 1e-8  # added to the second moment's root
@@ -77,12 +84,18 @@ def get_config():
   c.data.split = "train"  # of embedded sources, and what "{split}" in a path stands for
   c.data.workers = 0  # processes; 0: a thread of the training process
   c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
-  c.data.augment = "standard"  # standard (release 2), resize (release 1)
+  c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)
   c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes
   c.data.flip = 0.5  # probability of a horizontal flip
   c.data.jitter_prob = 0.3  # probability of colour jitter
   c.data.jitter = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue
   c.data.grey_prob = 0.05  # probability of greyscale
+  c.data.global_views = 2  # dino: views of image_size, of which crop_scale is the share
+  c.data.local_views = 4  # dino: views of local_size
+  c.data.local_size = 96  # dino: pixels; a multiple of patch_size
+  c.data.local_scale = (0.05, 0.4)  # dino: share of the image's area that a local view takes
+  c.data.blur_prob = (1.0, 0.1, 0.5)  # dino: first global view, other global ones, local ones
+  c.data.solarise_prob = (0.0, 0.2, 0.0)  # dino: the same three
   c.data.tag_prob = 0.5  # how often tags, if there are any, join the caption on both sides
   c.data.eval_resize = 256 / 224  # shorter side over crop side in evaluations
 

@@ -1,9 +1,9 @@
 """ViT-S/16 and a text tower of its size, otherwise as vit_b."""
 
-from configs import base
+from configs import base, presets
 
 
-def get_config():
+def get_config(names=""):
   c = base.get_config()
   c.model.size = "small"
-  return c
+  return presets.apply(c, names)

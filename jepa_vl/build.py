@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jepa_vl import evals, objectives, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl import step as step_lib
-from jepa_vl.data import sources
+from jepa_vl.data import sources, transforms
 from jepa_vl.data import tokenizer as tokenizer_lib
 from jepa_vl.evals import common
 from jepa_vl.model import two_tower
@@ -55,11 +55,18 @@ MINIMUM = {
   "text.length": 1,
   "objective.lambda_img": 0.0,
   "objective.lambda_txt": 0.0,
+  "objective.lambda_multi": 0.0,
+  "objective.scale": 1e-6,
+  "objective.scale_max": 1e-6,
+  "objective.chunk_size": 0,
   "objective.num_slices": 1,
   "objective.knots": 2,
   "objective.group_size": 0,
   "optim.warmup": 0,
   "data.workers": 0,
+  "data.global_views": 1,
+  "data.local_views": 0,
+  "data.local_size": 1,
 }
 
 
@@ -89,6 +96,11 @@ class Run:
       }
     )
 
+  @property
+  def view_sides(self):
+    """The side of every view of a training image; () for a single one."""
+    return transforms.view_sides(self.config.data, self.config.model.image_size)
+
   @functools.cached_property
   def meta(self):
     """What a checkpoint holds beside the arrays."""
@@ -112,14 +124,16 @@ def build(config, *, training=True):
   mesh = sharding.make_mesh(**config.mesh)
   if training:
     check_batch(config, mesh)
+    check_views(config)
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
   data = config.data
   source = sources.open_source(data.source, data.path, data.split) if training else None
   tokenizer = tokenizer_lib.load(config.text.tokenizer)
   model = two_tower.from_config(
-    config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model)
-  )
+    config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model),
+    scalars=objectives.learned_scalars(config.objective),
+  )  # fmt: skip
   abstract_state = state_lib.abstract_state(model, tx, mesh)
   train_step = step_lib.make_train_step(
     model, objective, tx, seed=config.seed, accumulate=config.accumulate, log_every=config.log_every
@@ -161,6 +175,22 @@ def check_batch(config, mesh):
     )
 
 
+def check_views(config):
+  """Raises ValueError if the views of LeVLJEPA+ are asked for in one place and not in the other."""
+  data, patch = config.data, config.model.patch_size
+  plus = config.objective.name == "levljepa_plus"
+  if plus != (data.augment == "dino"):
+    raise ValueError(
+      f"objective.name={config.objective.name!r} and data.augment={data.augment!r} do not go "
+      "together: 'levljepa_plus' and 'dino' need each other (configs/vit_b_plus.py has both)"
+    )
+  if plus and data.local_views and data.local_size % patch:
+    raise ValueError(
+      f"model.patch_size={patch} does not divide data.local_size={data.local_size}; use a multiple "
+      f"of {patch}, for example {max(data.local_size // patch, 1) * patch}"
+    )
+
+
 def compute_dtype(cfg):
   """The towers' computation type: bfloat16 on accelerators and float32 on a CPU for "auto"."""
   dtypes = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -188,6 +218,7 @@ def make_encode(run):
     image_size=config.model.image_size,
     resize_ratio=config.data.eval_resize,
     batch_size=rows,
+    readings=tuple(common.READINGS) if config.model.predictor_depth else ("embed",),
   )
 
 
@@ -245,7 +276,7 @@ def describe(run, start):
     "model: %s, %.1fM parameters (image tower %.1fM, text tower %.1fM, heads and predictors "
     "%.1fM), %.3g GFLOP forward per pair",
     config.model.size, total, image, text, total - image - text,
-    two_tower.forward_flops(run.model) / 1e9,
+    two_tower.forward_flops(run.model, run.view_sides) / 1e9,
   )  # fmt: skip
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",

@@ -60,8 +60,9 @@ def _in_words(error):
 
 
 def _default_workdir():
-  name = config_flags.get_config_filename(flags.FLAGS["config"])
-  return os.path.join("runs", os.path.splitext(os.path.basename(name))[0])
+  path, _, presets = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+  name = os.path.splitext(os.path.basename(path))[0]
+  return os.path.join("runs", "-".join([name, *filter(None, presets.split(","))]))
 
 
 def _start_logging():

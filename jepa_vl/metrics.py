@@ -93,9 +93,9 @@ def collapse_warning(metrics, embed_dim, rows):
     if rank < 0.2 * ceiling or (other > 0.5 and own - other < 0.1):
       return (
         f"the {modality} embeddings are collapsing: effective rank {rank:.1f} of {ceiling} "
-        f"(cosine of a prediction with its target {own:.3f}, with another "
-        f"{other:.3f}). SIGReg is what prevents this: check "
-        "objective.lambda_img and objective.lambda_txt (the reference uses 0.02)"
+        f"(cosine of a prediction with its target {own:.3f}, with another {other:.3f}). What "
+        "prevents this in LeVLJEPA is SIGReg: check objective.lambda_img and objective.lambda_txt "
+        "(the reference uses 0.02)"
       )
   return None
 

@@ -47,13 +47,14 @@ def make_schedule(cfg, steps):
 def decay_mask(which):
   """params -> tree of bool: "all" parameters decay (the reference), or only "matrices".
 
-  Matrices are kernels and the token table; biases, norms, CLS and positions are not.
+  Matrices are kernels and the token table; biases, norms, CLS and positions are not. A learned
+  scalar (temperature, bias of the contrastive baselines) never decays: zero means nothing for it.
   """
   if which not in ("all", "matrices"):
     raise ValueError(f"optim.decay_on must be 'all' or 'matrices', got {which!r}")
 
-  def is_decayed(path, _):
-    return which == "all" or path[-1].key in ("kernel", "embedding")
+  def is_decayed(path, x):
+    return x.ndim > 0 and (which == "all" or path[-1].key in ("kernel", "embedding"))
 
   return lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)
 

@@ -20,8 +20,8 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
   Running statistics pass through the micro-batches in order.
 
   metrics: float32 scalars `loss`, `grad_norm`, `param_norm` (after the step), one per objective
-  term, and `metrics.diagnostics` of the last micro-batch, computed in every `log_every`-th step
-  and zero in the others.
+  term and learned scalar, and `metrics.diagnostics` of the last micro-batch, computed in every
+  `log_every`-th step and zero in the others.
   """
 
   def loss_fn(params, batch_stats, batch, rng, due):
@@ -31,7 +31,8 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
       variables, batch, train=True, mutable=["batch_stats"], rngs={"dropout": rng_dropout}
     )
     loss, terms = objective(out, rng_objective)
-    return loss, ({"loss": loss, **terms}, _diagnose(out, due), new["batch_stats"])
+    learned = {name: out[name] for name, _ in model.scalars}
+    return loss, ({"loss": loss, **terms, **learned}, _diagnose(out, due), new["batch_stats"])
 
   grad_fn = _accumulated(jax.grad(loss_fn, has_aux=True), accumulate)
 
@@ -78,6 +79,8 @@ def _accumulated(grad_fn, accumulate):
 def _diagnose(out, due):
   """`metrics.diagnostics` of the embeddings and predictions where `due`, else zeros."""
   out = {k: out[k] for k in ("z_img", "z_txt", "p_img", "p_txt")}
+  if out["p_img"].ndim == 3:  # every view's prediction: the first one's stands for them
+    out["p_img"] = out["p_img"][0]
   diagnostics = metrics_lib.diagnostics
   zeros = lambda out: jax.tree.map(jnp.zeros_like, jax.eval_shape(diagnostics, out))
   return jax.lax.cond(due, diagnostics, zeros, jax.lax.stop_gradient(out))

@@ -65,7 +65,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   if config.data.workers and start < config.steps:
     data = _start_workers(data)
   counters = DataCounters(config.data.max_bad_fraction)
-  flops = 3 * two_tower.forward_flops(run.model)
+  flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
   meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start)
   due = lambda every, step: every and step % every == 0 and step > start
@@ -102,7 +102,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       # Time in next(data) costs nothing while the device is still busy with the step before.
       waited = time.perf_counter() - max(asked, steps.idle_since())
       counters.add(batch)
-      rows = sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS}, run.mesh)
+      rows = sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS if k in batch}, run.mesh)
       with jax.set_mesh(run.mesh):
         state, values = run.train_step(state, rows)
       steps.flush(progress)  # the step before, while this one runs

@@ -13,7 +13,8 @@ from jepa_vl.data import transforms
 from jepa_vl.data.tokenizer import tokenize
 from jepa_vl.data.transforms import DamagedRecord
 
-MODEL_KEYS = ("image", "text", "mask")  # the rest of a batch stays on the host
+# The rest of a batch stays on the host.
+MODEL_KEYS = ("image", "global", "local", "text", "mask")
 
 # So many unreadable records in a row mean that the data set is broken, not one record of it.
 _GIVE_UP = 1000
@@ -22,8 +23,9 @@ _GIVE_UP = 1000
 class Rows:
   """Row q of this process: decoded, augmented and tokenised, as a dict of arrays.
 
-  `image` (S, S, 3) uint8, `text` (L,) int32, `mask` (L,) bool; host side: `index` (the example),
-  `bad` (the first unreadable index that it replaces, or -1) and `truncated`.
+  `image` (S, S, 3) uint8, or `global` (Vg, S, S, 3) and `local` (Vl, S', S', 3); `text` (L,) int32,
+  `mask` (L,) bool; host side: `index` (the example), `bad` (the first unreadable index that it
+  replaces, or -1) and `truncated`.
   """
 
   def __init__(self, source, tokenizer, cfg, *, batch_size, seed, start_step, process, processes):
@@ -47,13 +49,13 @@ class Rows:
     record, image, index = read_from(self._source, example)
     rng = np.random.default_rng((self._seed, epoch, index))
     cfg = self._cfg
-    image = transforms.AUGMENT[cfg.augment](image, rng, cfg.image_size, cfg)
+    images = transforms.AUGMENT[cfg.augment](image, rng, cfg.image_size, cfg)
     caption = transforms.training_caption(record, rng, cfg.tag_prob)
     text, mask, truncated = tokenize(
       self._tokenizer, [caption], length=cfg.text_length, readout=cfg.readout
     )
     return {
-      "image": image,
+      **images,
       "text": text[0],
       "mask": mask[0],
       "index": np.int64(index),

@@ -101,24 +101,65 @@ def _shift_hue(x, turn):
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
+def blur(image, rng, sigma):
+  """Gaussian blur of 23 x 23 pixels, as DINO's; the standard deviation is uniform in `sigma`."""
+  sd = rng.uniform(*sigma)
+  return cv2.GaussianBlur(image, (23, 23), sd, sigmaY=sd, borderType=cv2.BORDER_REFLECT_101)
+
+
+def solarise(image, threshold=128):
+  """Inverts the values from `threshold` on."""
+  return np.where(image < threshold, image, 255 - image)
+
+
 def resize_only(image, rng, size, cfg):
   """No randomness: the whole image, resized to size x size (release 1)."""
-  return resize(image, size, size)
+  return {"image": resize(image, size, size)}
 
 
 def standard(image, rng, size, cfg):
   """RandomResizedCrop, flip, colour jitter and greyscale of the config's strengths (release 2)."""
-  image = random_resized_crop(image, size, rng, tuple(cfg.crop_scale))
+  return {"image": np.ascontiguousarray(_crop_and_colour(image, rng, size, cfg.crop_scale, cfg))}
+
+
+def _crop_and_colour(image, rng, size, scale, cfg):
+  image = random_resized_crop(image, size, rng, tuple(scale))
   if rng.random() < cfg.flip:
     image = image[:, ::-1]
   if rng.random() < cfg.jitter_prob:
     image = colour_jitter(image, rng, *cfg.jitter)
   if rng.random() < cfg.grey_prob:
     image = greyscale(image)
-  return np.ascontiguousarray(image)
+  return image
 
 
-AUGMENT = {"standard": standard, "resize": resize_only}
+def dino(image, rng, size, cfg):
+  """DINO's asymmetric multi-crop (Caron et al., arXiv 2104.14294), as LeVLJEPA+ uses it.
+
+  `global` (Vg, S, S, 3) and, if there are any, `local` (Vl, S', S', 3): crop, flip, jitter and
+  greyscale as `standard`, then blur and solarisation, whose probabilities differ by view.
+  """
+
+  def view(size, scale, kind):
+    x = np.ascontiguousarray(_crop_and_colour(image, rng, size, scale, cfg))
+    if rng.random() < cfg.blur_prob[kind]:
+      x = blur(x, rng, (0.1, 2.0))
+    return solarise(x) if rng.random() < cfg.solarise_prob[kind] else x
+
+  views = [view(size, cfg.crop_scale, min(i, 1)) for i in range(cfg.global_views)]
+  local = [view(cfg.local_size, cfg.local_scale, 2) for _ in range(cfg.local_views)]
+  return {"global": np.stack(views)} | ({"local": np.stack(local)} if local else {})
+
+
+# name: function (image, rng, size, cfg) -> the images' part of a row
+AUGMENT = {"standard": standard, "resize": resize_only, "dino": dino}
+
+
+def view_sides(cfg, size):
+  """The side of every view that `cfg.augment` makes of an image; () for a single image."""
+  if cfg.augment != "dino":
+    return ()
+  return (size,) * cfg.global_views + (cfg.local_size,) * cfg.local_views
 
 
 def training_caption(record, rng, tag_prob):

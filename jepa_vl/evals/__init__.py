@@ -101,8 +101,9 @@ def format_table(rows):
   """The headline rows as text: figure, then its floors."""
   columns = ("value", "untrained", *common.FLOORS)
   lines = ["", f"{'':44s}" + "".join(f"{c.replace('_', ' '):>12s}" for c in columns)]
+  reading = common.headline_reading(row["metric"] for row in rows)
   for row in rows:
-    if not common.is_headline(row["metric"]):
+    if not common.is_headline(row["metric"], reading):
       continue
     cells = "".join(f"{'-' if row[c] is None else format(row[c], '.3f'):>12s}" for c in columns)
     lines.append(f"{row['evaluation'] + ' ' + row['split'] + ' ' + row['metric']:44s}{cells}")
@@ -126,7 +127,7 @@ def pictures(encode, variables, cfg):
       "split": split,
       "images": data.images,
       "captions": data.captions,
-      "similarity": common.similarity(features, features, "avg"),
+      "similarity": common.similarity(features, features, encode.readings[-1]),
       "relevant": data.relevant,
     },
     "notes": {s: embedded.SPLITS[s] for s in cfg.retrieval.splits if source == "emoji"},

@@ -39,7 +39,8 @@ class Split:
 class Encode:
   """encode(variables, batch) -> out, with what evaluations need around it.
 
-  apply: jitted (variables, batch) -> out; tokenize: captions -> (ids, mask, truncated).
+  apply: jitted (variables, batch) -> out; tokenize: captions -> (ids, mask, truncated); readings:
+  the names of READINGS that differ for this model, the one to look at last.
   Decoded splits are kept, and so are the features of the last variables seen.
   """
 
@@ -49,6 +50,7 @@ class Encode:
   image_size: int
   resize_ratio: float
   batch_size: int
+  readings: tuple
   _kept: dict = dataclasses.field(default_factory=dict)
   _features: dict = dataclasses.field(default_factory=dict)
   _of: Any = None
@@ -171,9 +173,14 @@ def is_floor(key):
   return key.rpartition("@")[2] in FLOORS
 
 
-def is_headline(metric):
-  """Whether a metric is in the reading to be read for LeVLJEPA, `avg`, or in none."""
-  return all(part == "avg" for part in metric.split("/") if part in READINGS)
+def headline_reading(metrics):
+  """The reading to be read: `avg`, or `embed` where nothing is predicted (CLIP, SigLIP)."""
+  return "avg" if any("avg" in metric.split("/") for metric in metrics) else "embed"
+
+
+def is_headline(metric, reading):
+  """Whether a metric is in the given reading, or in none."""
+  return all(part == reading for part in metric.split("/") if part in READINGS)
 
 
 def similarity(images, texts, reading):

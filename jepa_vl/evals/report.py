@@ -162,7 +162,8 @@ def _facts(values):
 
 
 def _results(rows, notes):
-  head = [r for r in rows if common.is_headline(r["metric"])]
+  reading = common.headline_reading(r["metric"] for r in rows)
+  head = [r for r in rows if common.is_headline(r["metric"], reading)]
   won = [_beats_floors(r) for r in head]
   won = [w for w in won if w is not None]
   text = "No evaluation has been run."
@@ -176,8 +177,8 @@ def _results(rows, notes):
   legend = (
     '<p class="quiet">i2t: an image finds its caption, t2i: a caption finds its images. R@k: share '
     "of queries with a right answer among the first k. avg: mean of the cosines of either "
-    "prediction with its target. untrained: the same network before its first step. rank: "
-    "effective rank of the embeddings, higher is closer to isotropic.</p>"
+    "prediction with its target; embed: cosine of the embeddings. untrained: the same network "
+    "before its first step. rank: effective rank of the embeddings, higher is more isotropic.</p>"
   )
   details = f"<details><summary>All {len(rows)} figures</summary>{_tables(rows)}</details>"
   return (
@@ -244,12 +245,14 @@ def _training(records):
 def _progress(records):
   """Headline evaluations over the steps, a panel per metric and a line per split."""
   panels, steps = {}, {r["step"] for r in records}
+  reading = common.headline_reading(k for r in records for k in r["metrics"])
   for r in records:
     figures = {k: v for k, v in r["metrics"].items() if not common.is_floor(k)}
     most = max((int(k.partition("R@")[2]) for k in figures if "R@" in k), default=None)
     for key, value in figures.items():
       split, _, metric = key.partition("/")
-      if not common.is_headline(metric) or ("R@" in metric and not metric.endswith(f"R@{most}")):
+      largest = "R@" not in metric or metric.endswith(f"R@{most}")
+      if not common.is_headline(metric, reading) or not largest:
         continue
       floors = [v for k, v in r["metrics"].items() if k.startswith(f"{key}@") and v is not None]
       line = panels.setdefault(f"{r['name']}: {metric}", {}).setdefault(split, [])

@@ -22,7 +22,7 @@ def run(encode, variables, mesh, *, source, path, splits, ranks):
         for k in ranks
       },
     )
-    for reading in common.READINGS:
+    for reading in encode.readings:
       scores = common.similarity(features, features, reading)
       for way, s, r in (("i2t", scores, relevant), ("t2i", scores.T, relevant.T)):
         first = common.first_hit(s, r)

@@ -17,7 +17,7 @@ def run(encode, variables, mesh, *, source, path, splits, label, classes, prompt
     labels = np.array([r[label] for r in encode.split(source, path, split).records])
     features = encode.features(variables, source, path, split)
     one_hot = np.eye(len(classes), dtype=bool)[labels]
-    for reading in common.READINGS:
+    for reading in encode.readings:
       first = common.first_hit(common.similarity(features, texts, reading), one_hot)
       key = f"{split}/{reading}/top1"
       metrics[key] = common.recall_at(first, 1)

@@ -9,6 +9,9 @@ from jepa_vl.model.gpt import GPT
 from jepa_vl.model.heads import Head
 from jepa_vl.model.vit import STATISTICS, ViT, normalise
 
+# What predicts the caption where an image has several views.
+PREDICT_FROM = ("views", "mean")
+
 # width, depth, heads; the text tower copies the image tower (METHOD: "same width, layers, heads").
 SIZES = {
   "nano": (128, 4, 2),
@@ -23,8 +26,12 @@ SIZES = {
 class TwoTower(nn.Module):
   """batch -> out: embeddings z_img, z_txt and predictions p_img, p_txt, (B, D) float32.
 
-  A batch may hold images, captions or both; out then also has `cls` (B, W) and `patches`
-  (B, N, W), the frozen-backbone features.
+  A batch may hold images, captions or both. Of images (`image`), out also has the
+  frozen-backbone features, `cls` (B, W) and `patches` (B, N, W). Of several views of each image
+  (`global` (B, Vg, S, S, 3) and, if any, `local` (B, Vl, S', S', 3): LeVLJEPA+), out has the
+  views' embeddings, `views` (V, B, D), global ones first; z_img is then the mean of the global
+  ones, and p_img is predicted from every view, (V, B, D), or from that mean (`predict_from`).
+  Each of `scalars`, pairs of name and initial value, is a learned scalar of that name in out.
   """
 
   size: str
@@ -35,6 +42,8 @@ class TwoTower(nn.Module):
   hidden_dim: int
   predictor_depth: int
   predictor_dropout: float
+  predict_from: str
+  scalars: tuple
   vocab_size: int
   text_length: int
   readout: str
@@ -48,6 +57,10 @@ class TwoTower(nn.Module):
     if self.statistics not in STATISTICS:
       raise ValueError(
         f"model.statistics must be one of {', '.join(STATISTICS)}, got {self.statistics!r}"
+      )
+    if self.predict_from not in PREDICT_FROM:
+      raise ValueError(
+        f"model.predict_from must be one of {', '.join(PREDICT_FROM)}, got {self.predict_from!r}"
       )
     width, depth, heads = SIZES[self.size]
     common = dict(
@@ -63,22 +76,47 @@ class TwoTower(nn.Module):
     self.image_head, self.text_head = head(1, 0.0), head(1, 0.0)
     self.image_predictor = head(self.predictor_depth, self.predictor_dropout)
     self.text_predictor = head(self.predictor_depth, self.predictor_dropout)
+    self.learned = {
+      name: self.param(name, nn.initializers.constant(value), ()) for name, value in self.scalars
+    }
 
   def __call__(self, batch, *, train):
-    out = {}
+    out = dict(self.learned)
     if "image" in batch:
       cls, patches = self.image(normalise(batch["image"], self.statistics))
       z = self.image_head(cls, train=train)
       out |= {"z_img": z, "p_img": self.image_predictor(z, train=train)}
       out |= {"cls": cls, "patches": patches}
+    if "global" in batch:
+      out |= self._embed_views(batch, train)
     if "text" in batch:
       z = self.text_head(self.text(batch["text"], batch["mask"]), train=train)
       out |= {"z_txt": z, "p_txt": self.text_predictor(z, train=train)}
     return out
 
+  def _embed_views(self, batch, train):
+    # One tower call per size, and one pass of each BatchNorm over all views. The views of an image
+    # are neighbours in the rows, so that no row leaves its device.
+    groups = [batch[k] for k in ("global", "local") if k in batch]
+    B = groups[0].shape[0]
+    rows = lambda x: x.reshape(-1, *x.shape[2:])  # (B, V, ...) -> (B V, ...)
+    by_view = lambda x: x.reshape(B, -1, x.shape[-1]).swapaxes(0, 1)  # (B V, D) -> (V, B, D)
+    cls = [self.image(normalise(rows(x), self.statistics))[0] for x in groups]
+    cls = jnp.concatenate([x.reshape(B, -1, x.shape[-1]) for x in cls], axis=1)  # (B, V, W)
+    z = self.image_head(rows(cls), train=train)
+    views = by_view(z)
+    mean = views[: groups[0].shape[1]].mean(axis=0)
+    if self.predict_from == "views":
+      p = by_view(self.image_predictor(z, train=train))
+    else:
+      p = self.image_predictor(mean, train=train)
+    return {"views": views, "z_img": mean, "p_img": p}
 
-def from_config(model, text, *, vocab_size, dtype):
+
+def from_config(model, text, *, vocab_size, dtype, scalars):
   """TwoTower from the config's `model` and `text` sub-trees.
+
+  scalars: {name: initial value} of what `objectives.learned_scalars` asks for.
 
   Raises:
     ValueError: the patch does not divide the image.
@@ -98,6 +136,8 @@ def from_config(model, text, *, vocab_size, dtype):
     hidden_dim=model.hidden_dim,
     predictor_depth=model.predictor_depth,
     predictor_dropout=model.predictor_dropout,
+    predict_from=model.predict_from,
+    scalars=tuple(scalars.items()),
     vocab_size=vocab_size,
     text_length=text.length,
     readout=text.readout,
@@ -117,18 +157,23 @@ def dummy_batch(model, rows):
   }
 
 
-def forward_flops(model):
+def forward_flops(model, sides=()):
   """Analytic FLOPs of one image-caption pair forward: matrix products only, 2 per multiply-add.
+
+  sides: the side in pixels of every view of the image; () for the one image of `image_size`.
 
   ViT-B/16 at 224 px with GPT-2-base at 77 tokens and D = 256: 48.5e9; a training step costs three
   times as much.
   """
   width, depth, _ = SIZES[model.size]
-  N, L = (model.image_size // model.patch_size) ** 2, model.text_length
+  sides = sides or (model.image_size,)
   D, hidden = model.embed_dim, model.hidden_dim
   tower = lambda n: depth * (24 * n * width**2 + 4 * n**2 * width)
-  patches = 2 * N * width * 3 * model.patch_size**2
+  tokens = [(side // model.patch_size) ** 2 for side in sides]
+  images = sum(tower(N + 1) + 2 * N * width * 3 * model.patch_size**2 for N in tokens)
   inner = max(model.predictor_depth - 1, 0) * hidden**2
   predictor = 2 * (2 * D * hidden + inner) if model.predictor_depth else 0
-  heads = 2 * (2 * (width * hidden + hidden * D) + predictor)
-  return tower(N + 1) + patches + tower(L) + heads
+  embedding = 2 * (width * hidden + hidden * D)
+  predictions = len(sides) if model.predict_from == "views" else 1
+  heads = (len(sides) + 1) * embedding + (predictions + 1) * predictor
+  return images + tower(model.text_length) + heads

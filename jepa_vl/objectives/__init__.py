@@ -1,15 +1,19 @@
 """Objectives by name. Each maps arrays to named terms; weights are applied here, once."""
 
-from jepa_vl.objectives.levljepa import levljepa
+import math
+
+from jepa_vl.objectives.contrastive import clip, siglip
+from jepa_vl.objectives.levljepa import levljepa, levljepa_plus
 
 
-def _levljepa_weights(cfg):
-  if cfg.lambda_img + cfg.lambda_txt >= 1:
+def _levljepa_weights(cfg, *more):
+  lambdas = {k: cfg[k] for k in ("lambda_img", "lambda_txt", *more)}
+  if sum(lambdas.values()) >= 1:
     raise ValueError(
-      f"objective.lambda_img={cfg.lambda_img} and lambda_txt={cfg.lambda_txt} must sum to less "
-      "than 1, the alignment's weight is the rest"
+      ", ".join(f"objective.{k}={v}" for k, v in lambdas.items()) + " must sum to less than 1, the "
+      "alignment's weight is the rest"
     )
-  cross = (1 - cfg.lambda_img - cfg.lambda_txt) / 2
+  cross = (1 - sum(lambdas.values())) / 2
   return {
     "align/img_to_txt": cross,
     "align/txt_to_img": cross,
@@ -18,12 +22,35 @@ def _levljepa_weights(cfg):
   }
 
 
+def _plus_weights(cfg):
+  return _levljepa_weights(cfg, "lambda_multi") | {"multi": cfg.lambda_multi}
+
+
+def _clip_weights(cfg):
+  return {"contrast/img_to_txt": 0.5, "contrast/txt_to_img": 0.5}
+
+
 _SIGREG_KEYS = ("num_slices", "knots", "t_max", "group_size", "scale_rows")
+_LEVLJEPA_KEYS = ("align", "stop_gradient", *_SIGREG_KEYS)
 
 # name: (function, the config keys that it takes, weights of its terms from the config)
 OBJECTIVES = {
-  "levljepa": (levljepa, ("align", "stop_gradient", *_SIGREG_KEYS), _levljepa_weights),
+  "levljepa": (levljepa, _LEVLJEPA_KEYS, _levljepa_weights),
+  "levljepa_plus": (levljepa_plus, _LEVLJEPA_KEYS, _plus_weights),
+  "clip": (clip, ("scale_max",), _clip_weights),
+  "siglip": (siglip, ("chunk_size",), lambda cfg: {"sigmoid": 1.0}),
 }
+
+# name: what it learns beside the model, as functions from the config to the initial value
+LEARNED_SCALARS = {
+  "clip": {"log_scale": lambda cfg: math.log(cfg.scale)},
+  "siglip": {"log_scale": lambda cfg: math.log(cfg.scale), "bias": lambda cfg: cfg.bias},
+}
+
+
+def learned_scalars(cfg):
+  """{name: initial value} of the scalars that the objective learns and expects in `out`."""
+  return {name: float(value(cfg)) for name, value in LEARNED_SCALARS.get(cfg.name, {}).items()}
 
 
 def from_config(cfg):

@@ -7,7 +7,7 @@ from jepa_vl.objectives.sigreg import sigreg
 
 
 def mse(prediction, target):
-  """Mean over rows and dimensions of the squared difference; both (B, D)."""
+  """Mean over rows and dimensions of the squared difference; (B, D), or one of them (V, B, D)."""
   return jnp.mean((prediction - target) ** 2)
 
 
@@ -28,6 +28,8 @@ ALIGN = {"mse": mse, "mse_sum": mse_sum, "cosine": cosine}
 def levljepa(out, rng, *, align, stop_gradient, num_slices, knots, t_max, group_size, scale_rows):
   """The four terms of LeVLJEPA (arXiv 2607.00784) from z and p of both modalities, (B, D).
 
+  Of several views, z_img is the mean of the global ones, p_img may be (V, B, D), every view's
+  prediction of the caption, and SIGReg tests each of `views` (V, B, D) over B and averages.
   `stop_gradient=False` exists for the ablation that shows what it is for.
 
   Raises:
@@ -43,6 +45,18 @@ def levljepa(out, rng, *, align, stop_gradient, num_slices, knots, t_max, group_
   return {
     "align/img_to_txt": ALIGN[align](out["p_img"], target(out["z_txt"])),
     "align/txt_to_img": ALIGN[align](out["p_txt"], target(out["z_img"])),
-    "sigreg/img": sigreg(rng_img, out["z_img"], **cfg),
+    "sigreg/img": sigreg(rng_img, out.get("views", out["z_img"]), **cfg),
     "sigreg/txt": sigreg(rng_txt, out["z_txt"], **cfg),
   }
+
+
+def levljepa_plus(out, rng, **cfg):
+  """LeVLJEPA+: `levljepa`'s terms and `multi`, which pulls every view to the mean of the global
+  ones. That mean is not stopped.
+
+  Raises:
+    ValueError: as `levljepa`, or `out` has no views.
+  """
+  if "views" not in out:
+    raise ValueError("objective.name='levljepa_plus' needs several views: data.augment='dino'")
+  return levljepa(out, rng, **cfg) | {"multi": mse(out["views"], out["z_img"])}

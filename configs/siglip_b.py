@@ -1,0 +1,7 @@
+"""vit_b with SigLIP's objective and nothing else changed."""
+
+from configs import vit_b
+
+
+def get_config():
+  return vit_b.get_config("siglip")
