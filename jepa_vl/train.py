@@ -171,7 +171,8 @@ class StepLog:
     found |= {"lr": float(self._schedule(step - 1)), **rates, **counts}
     self._writer.metrics(step, found)
     progress.log(step, found)
-    if step > optim.warmup_steps(self._config.optim, self._config.steps):
+    # The contrastive baselines spread matched from mismatched pairs in a narrow cone: no collapse.
+    if "sigreg/img" in found and step > optim.warmup_steps(self._config.optim, self._config.steps):
       rows = self._config.batch_size // self._config.accumulate
       self._warn("collapse", metrics.collapse_warning(found, self._config.model.embed_dim, rows))
     if rates["data_wait"] > 0.1:

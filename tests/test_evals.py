@@ -140,13 +140,13 @@ def variables():
   return {"image": jax.random.normal(keys[0], (12, D)), "text": jax.random.normal(keys[1], (50, D))}
 
 
-def make_encode(mesh, apply=look, batch_size=64):
+def make_encode(mesh, apply=look, batch_size=64, readings=tuple(common.READINGS)):
   tokenize = functools.partial(
     tokenizer.tokenize, tokenizer.load("emoji"), length=12, readout="eot"
   )
   return common.Encode(
     apply=jax.jit(apply), tokenize=tokenize, mesh=mesh, image_size=16, resize_ratio=1.0,
-    batch_size=batch_size,
+    batch_size=batch_size, readings=readings,
   )  # fmt: skip
 
 
@@ -335,6 +335,21 @@ def test_format_table_prints_headline_rows():
     ["zeroshot", "C", "avg/top1", "0.500", "-", "-", "-", "-"],
     ["rank", "C", "img", "17.000", "-", "-", "-", "-"],
   ]
+
+
+def test_without_predictions_the_embeddings_are_the_headline(encode, variables, mesh):
+  """CLIP and SigLIP: one reading, and the table shows it."""
+  few = make_encode(mesh, readings=("embed",))
+  cfg = ConfigDict({"retrieval": {**WHERE, "splits": ("val",), "ranks": (1,)}})
+  found = evals.run_all(few, variables, mesh, cfg)
+  keys = [k for k in found["retrieval"] if not common.is_floor(k)]
+  assert keys == ["val/i2t/embed/R@1", "val/t2i/embed/R@1"]
+  all_readings = evals.run_all(encode, variables, mesh, cfg)["retrieval"]
+  assert found["retrieval"][keys[0]] == all_readings[keys[0]]
+  assert "i2t/embed/R@1" in evals.format_table(evals.table(found, found))
+  similarity = evals.pictures(few, variables, cfg)["retrieval"]["similarity"]
+  features = few.features(variables, "emoji", "", "val")
+  np.testing.assert_array_equal(similarity, common.similarity(features, features, "embed"))
 
 
 def test_an_unknown_evaluation_is_refused():

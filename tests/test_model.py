@@ -15,7 +15,7 @@ from jepa_vl.model.gpt import readout_positions
 def build(config, **changes):
   c = config.copy_and_resolve_references()
   c.update_from_flattened_dict(changes)
-  return two_tower.from_config(c.model, c.text, vocab_size=50, dtype=jnp.float32)
+  return two_tower.from_config(c.model, c.text, vocab_size=50, dtype=jnp.float32, scalars={})
 
 
 def example(model, rows=8, seed=0):
@@ -203,7 +203,7 @@ def test_head_equals_float64(train):
 def test_canonical_model_has_the_published_size():
   """ViT-B/16 as timm's without classifier: 85.8M; GPT-2 base with 77 positions: 123.7M."""
   c = vit_b.get_config()
-  model = two_tower.from_config(c.model, c.text, vocab_size=50257, dtype=jnp.bfloat16)
+  model = two_tower.from_config(c.model, c.text, vocab_size=50257, dtype=jnp.bfloat16, scalars={})
   params = jax.eval_shape(lambda: init(model))["params"]
   assert state_lib.count(params["image"]) == 85_798_656
   # Hugging Face's GPT2Model has 124,439,808 with 1024 positions; we keep the 77 that are used.

@@ -75,13 +75,17 @@ def test_a_decay_longer_than_what_follows_the_warmup_still_ends_at_the_final_rat
 
 @pytest.fixture
 def params(config):
-  model = two_tower.from_config(config.model, config.text, vocab_size=50, dtype=jnp.float32)
+  model = two_tower.from_config(
+    config.model, config.text, vocab_size=50, dtype=jnp.float32, scalars={"log_scale": 0.0}
+  )
   batch = two_tower.dummy_batch(model, 2)
   return jax.eval_shape(lambda: model.init(jax.random.key(0), batch, train=False))["params"]
 
 
-def test_decay_mask_of_all_is_true_everywhere(params):
-  assert all(jax.tree.leaves(optim.decay_mask("all")(params)))
+def test_decay_mask_of_all_spares_learned_scalars_alone(params):
+  mask = optim.decay_mask("all")(params)
+  assert not mask.pop("log_scale")
+  assert all(jax.tree.leaves(mask))
 
 
 def test_decay_mask_of_matrices_spares_vectors_and_positions(params):
@@ -93,7 +97,7 @@ def test_decay_mask_of_matrices_spares_vectors_and_positions(params):
     (decayed if is_decayed else spared).add(names[-1])
     assert is_decayed == (names[-1] == "kernel" or "token_embedding" in names), names
   assert decayed == {"kernel", "embedding"}
-  assert {"bias", "scale", "position_embedding"} <= spared
+  assert {"bias", "scale", "position_embedding", "log_scale"} <= spared
 
 
 def adamw(params, grads_of_steps, cfg, rates, decayed):

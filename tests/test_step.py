@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import presets
 from jepa_vl import objectives, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import build
@@ -21,8 +22,11 @@ MESHES = [
 def example(config, vocab_size, seed=0):
   rng = np.random.default_rng(seed)
   B, S, L = config.batch_size, config.model.image_size, config.text.length
+  shapes = {"image": (S,)}
+  if config.data.augment == "dino":
+    shapes = {"global": (2, S), "local": (3, S // 2)}
   return {
-    "image": rng.integers(0, 256, (B, S, S, 3), dtype=np.uint8),
+    **{k: rng.integers(0, 256, (B, *s, s[-1], 3), dtype=np.uint8) for k, s in shapes.items()},
     "text": rng.integers(0, vocab_size, (B, L)).astype(np.int32),
     "mask": np.arange(L)[None] < rng.integers(1, L + 1, (B, 1)),
   }
@@ -71,10 +75,17 @@ def with_gradient(name, leaf):
   return leaf[:0] if name.endswith("final_norm/bias") else leaf
 
 
-@pytest.mark.parametrize("mesh_sizes", MESHES, ids=str)
-def test_sharded_equals_single_device(config, mesh_sizes):
+@pytest.mark.parametrize(
+  ("preset", "mesh_sizes"),
+  [("", sizes) for sizes in MESHES] + [(p, MESHES[2]) for p in ("plus", "clip", "siglip")],
+  ids=str,
+)
+def test_sharded_equals_single_device(config, mesh_sizes, preset):
   """Loss terms, gradients and one AdamW step, float32, 1e-5."""
+  presets.apply(config, preset)
   config.objective.group_size = 8
+  config.objective.chunk_size = 4
+  config.data.local_size = 8
   config.optim.warmup_from = 1.0  # a first step of the full learning rate
   config.optim.clip = 0.0
   before, alone, metrics = first_step(config, ALONE)

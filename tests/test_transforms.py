@@ -195,7 +195,7 @@ def test_standard_applies_what_the_config_asks_for(cfg, key, expected):
     cfg[key] = 1.0
   image = noise((16, 16))
   for seed in range(5):  # the only box of all the area is the whole image
-    found = transforms.standard(image, np.random.default_rng(seed), 16, cfg)
+    found = transforms.standard(image, np.random.default_rng(seed), 16, cfg)["image"]
     np.testing.assert_array_equal(found, expected(image))
     assert found.flags.c_contiguous
 
@@ -203,5 +203,5 @@ def test_standard_applies_what_the_config_asks_for(cfg, key, expected):
 def test_resize_only_draws_nothing(cfg):
   rng = np.random.default_rng(0)
   before = rng.bit_generator.state
-  assert transforms.AUGMENT["resize"](noise((20, 30)), rng, 16, cfg).shape == (16, 16, 3)
+  assert transforms.AUGMENT["resize"](noise((20, 30)), rng, 16, cfg)["image"].shape == (16, 16, 3)
   assert rng.bit_generator.state == before
