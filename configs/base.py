@@ -27,7 +27,7 @@ def get_config():
   c.mesh.tensor = 1  # splits the towers' heads and hidden units
 
   c.model = ConfigDict()
-  c.model.size = "base"  # nano, micro, tiny, small, base, large: of both towers
+  c.model.size = "base"  # nano, micro, tiny, small, base, large, huge: of both towers
   c.model.image_size = 224  # pixels, S; a multiple of patch_size
   c.model.patch_size = 16  # pixels
   c.model.statistics = "clip"  # image normalisation: clip (training, zero-shot), imagenet

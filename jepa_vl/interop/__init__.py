@@ -1,0 +1,78 @@
+"""Weights from and to PyTorch: timm's ViT, Hugging Face's GPT2Model, the LeVLJEPA authors' files.
+
+`read` takes files of any of these forms and gives variables in our names and layouts, `shapes`
+says which config builds their model, `fit` puts them into a model's variables; `levljepa.save`
+writes the authors' form. PyTorch itself is needed for .pt, .pth and .bin files alone.
+"""
+
+import os
+import re
+
+from jepa_vl.interop import files, gpt2, levljepa, timm
+from jepa_vl.interop.variables import fit, merge, shapes
+
+__all__ = ["fit", "read", "shapes"]
+
+HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # also timm's folders
+
+
+def _component(name, to_ours):
+  return lambda flat: {"params": {name: to_ours(flat)}}
+
+
+# What one name in a file tells of the file, and what reads it; first match wins.
+FORMS = (
+  (r"encoder\.", levljepa.read_file),
+  (r"cls_token$|pos_embed$|patch_embed\.|blocks\.\d", _component("image", timm.to_ours)),
+  (r"(transformer\.)?(wte\.|wpe\.|h\.\d)", _component("text", gpt2.to_ours)),
+)
+
+
+def read(spec):
+  """Weight files -> {"params": {component: tree}, "batch_stats": {component: tree}}.
+
+  `spec` is a path or several joined by commas: weight files, or folders with the authors' pair or
+  with Hugging Face's or timm's single file. A file is recognised by its names of tensors. The
+  result is float32 NumPy arrays in our names and layouts, and holds only what the files hold.
+
+  Raises:
+    FileNotFoundError: no such file or folder.
+    ValueError: a file cannot be read, is of none of these forms or does not fit its form (every
+      name is listed), or two files hold the same component.
+  """
+  spec = os.path.expanduser(spec)
+  parts = {}
+  for path in [spec] if os.path.exists(spec) else spec.split(","):
+    path = os.path.expanduser(path.strip())
+    for file in _files(path) if os.path.isdir(path) else [path]:
+      if file in parts:
+        raise ValueError(f"{file} is given twice")
+      flat = files.read(file)
+      try:
+        parts[file] = _read_flat(flat)
+      except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
+  return merge(parts)
+
+
+def _read_flat(flat):
+  for pattern, reader in FORMS:
+    if any(re.match(pattern, name) for name in flat):
+      return reader(flat)
+  raise ValueError(
+    "neither timm's ViT, Hugging Face's GPT2Model nor the LeVLJEPA authors' vision or text file; "
+    f"its names begin {', '.join(list(flat)[:8])}"
+  )
+
+
+def _files(folder):
+  """The weight files of one folder."""
+  pair = levljepa.pair(folder)
+  single = [p for p in (os.path.join(folder, name) for name in HUGGING_FACE) if os.path.exists(p)]
+  if not pair and not single:
+    raise ValueError(
+      f"{folder} holds no weights that are known by name: expected "
+      f"{' and '.join(levljepa.FILES.values())}, *_vision_step*.pt and *_text_step*.pt, or one of "
+      f"{', '.join(HUGGING_FACE)}; or give the weight files themselves, joined by commas"
+    )
+  return pair or single[:1]
