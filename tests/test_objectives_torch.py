@@ -296,12 +296,30 @@ def test_gradient_of_every_parameter(case):
   assert max(relative_error(grads[k], x) for k, x in running.items()) < 1e-5
 
 
+def apart(theirs, named, start):
+  """{name: distance of both ends of training over the distance from the start} per parameter.
+
+  Without what has no effect, as above; among it is the biases' middle third, which shifts all
+  keys of a softmax.
+  """
+  distances = {}
+  for k, p in theirs.named_parameters():
+    if p.requires_grad and k not in WITHOUT_EFFECT:
+      parts = torch.stack([torch.tensor(named[k]), p.detach(), start[k]])
+      if k.endswith(("attn.qkv.bias", "attn.c_attn.bias")):
+        parts = parts.reshape(3, 3, -1)[:, [0, 2]]
+      ours, end, begin = parts
+      distances[k] = float((ours - end).norm() / (end - begin).norm())
+  return distances
+
+
 @pytest.mark.parametrize("case", TRAINED, indirect=True)
 def test_twenty_steps(case):
-  """AdamW, clipped, warm-up and cosine, weight decay, new directions each step: within 1e-3.
+  """AdamW, clipped, warm-up and cosine, weight decay, new directions each step.
 
-  Adam divides a gradient by its size, so that differences of round-off grow into steps and the
-  runs part slowly. At step 20 they are 1e-5 to 1e-4 apart.
+  Terms and gradient norm within 1e-3 at every step: Adam divides a gradient by its size, so that
+  round-off grows into steps and the runs part slowly, to some 1e-5. Parameters end within 1e-3 of
+  the way that they went, which a decay, clip or schedule of another kind would not leave so.
   """
   name, config = case
   theirs, ours, variables = both_models(config)
@@ -312,6 +330,7 @@ def test_twenty_steps(case):
   ))  # fmt: skip
   params = variables["params"]
   state = TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params))
+  start = {k: p.detach().clone() for k, p in theirs.named_parameters()}
   errors, losses = [], []
   for step in range(STEPS):
     batch = random_batch(config, seed=step % 4)
@@ -328,8 +347,10 @@ def test_twenty_steps(case):
         " ".join(f"{e:.0e}" for e in errors))  # fmt: skip
   assert max(errors) < 1e-3
   named = by_their_names({"params": state.params, "batch_stats": state.batch_stats})
-  for k, p in theirs.scalars.items():
-    assert relative_error(named[f"scalars.{k}"], p.detach()) < 1e-4
+  distances = apart(theirs, named, start)
+  worst = max(distances, key=distances.get)
+  print(f"parameters: apart by {distances[worst]:.1e} of their way ({worst})")
+  assert distances[worst] < 1e-3
 
 
 @pytest.mark.parametrize("change", [
