@@ -30,7 +30,11 @@ def test_every_minimum_is_of_a_key_that_exists(config):
 
 def test_weights_that_leave_none_for_the_alignment_are_refused(config):
   config.objective.update({"lambda_img": 0.5, "lambda_txt": 0.5})
-  with pytest.raises(ValueError, match="lambda_img=0.5 and lambda_txt=0.5 must sum to less"):
+  with pytest.raises(ValueError, match="lambda_img=0.5, objective.lambda_txt=0.5 must sum to less"):
+    build_lib.build(config)
+  config.objective.update({"lambda_img": 0.3, "name": "levljepa_plus"})
+  config.data.augment = "dino"
+  with pytest.raises(ValueError, match="objective.lambda_multi=0.2 must sum to less than 1"):
     build_lib.build(config)
 
 
