@@ -29,7 +29,19 @@ MAIN_KEYS = {
 BOTH = {"img_to_txt": "image → text", "txt_to_img": "text → image"}
 # title, whether a wide range gets a log axis, what to look for, {metric: label}; "rolled" is dashed
 PANELS = (
-  ("Loss", True, "The weighted sum of prediction errors and SIGReg.", {"loss": None}),
+  ("Loss", True, "The weighted sum of the objective's terms.", {"loss": None}),
+  (
+    "Contrastive loss",
+    True,
+    "CLIP: cross-entropy over the batch, either way. SigLIP: over all pairs, per image.",
+    {f"contrast/{key}": label for key, label in BOTH.items()} | {"sigmoid": "all pairs"},
+  ),
+  (
+    "Scale and bias of the logits",
+    False,
+    "Learned; the scale as its logarithm.",
+    {"log_scale": "log scale", "bias": "bias"},
+  ),
   (
     "Prediction error",
     True,
@@ -42,6 +54,7 @@ PANELS = (
     "Distance of the embeddings from an isotropic Gaussian; lower is better.",
     {"sigreg/img": "image", "sigreg/txt": "text"},
   ),
+  ("Distance between views", True, "Of each view to the mean of the global ones.", {"multi": None}),
   (
     "Cosines",
     False,
@@ -61,7 +74,7 @@ PANELS = (
   (
     "Contrastive logits",
     False,
-    "Not trained on. The gap is minus the batch's InfoNCE and rises towards 0 as pairs match.",
+    "At temperature 0.07, trained on by no objective as they are. The gap is minus the batch's InfoNCE and rises towards 0 as pairs match.",
     {"logit/positive": "positive", "logit/logsumexp": "log-sum-exp", "logit/gap": "gap"},
   ),
   ("Gradient norm", True, "Before clipping.", {"grad_norm": None}),
@@ -148,6 +161,8 @@ def _overview(config, metrics):
   settings = {}
   for part, keys in MAIN_KEYS.items():
     tree = config.get(part, {}) if part else config
+    if part == "objective" and not tree.get("name", "").startswith("levljepa"):
+      keys = ("name",)
     settings |= {f"{part}.{k}" if part else k: tree[k] for k in keys if k in tree}
   pretty = json.dumps(config, indent=2, default=str, ensure_ascii=False)
   return (
