@@ -74,7 +74,8 @@ PANELS = (
   (
     "Contrastive logits",
     False,
-    "At temperature 0.07, trained on by no objective as they are. The gap is minus the batch's InfoNCE and rises towards 0 as pairs match.",
+    "At temperature 0.07, on which no objective trains. The gap is minus the batch's InfoNCE and "
+    "rises towards 0 as pairs match.",
     {"logit/positive": "positive", "logit/logsumexp": "log-sum-exp", "logit/gap": "gap"},
   ),
   ("Gradient norm", True, "Before clipping.", {"grad_norm": None}),
