@@ -25,7 +25,9 @@ def shapes(config, *, vocab=VOCAB, **changes):
   """The model's variables as ShapeDtypeStructs."""
   c = config.copy_and_resolve_references()
   c.update_from_flattened_dict({key.replace("__", "."): x for key, x in changes.items()})
-  model = two_tower.from_config(c.model, c.text, vocab_size=vocab, dtype=jnp.float32)
+  model = two_tower.from_config(
+    c.model, c.text, vocab_size=vocab, dtype=jnp.float32, scalars={}
+  )
   init = lambda: model.init(jax.random.key(0), two_tower.dummy_batch(model, 1), train=False)
   return jax.eval_shape(init)
 

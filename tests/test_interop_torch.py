@@ -225,7 +225,9 @@ def test_heads_equal_pytorch_in_training_and_evaluation(size, depth):
 
 
 def abstract(config):
-  model = two_tower.from_config(config.model, config.text, vocab_size=VOCAB, dtype=jnp.float32)
+  model = two_tower.from_config(
+    config.model, config.text, vocab_size=VOCAB, dtype=jnp.float32, scalars={}
+  )
   init = lambda: model.init(jax.random.key(0), two_tower.dummy_batch(model, 1), train=False)
   return jax.eval_shape(init)
 
@@ -261,7 +263,9 @@ def expected_out(modules_, images, text, mask, readout):
 
 
 def compare(config, variables, modules_, readout, what):
-  model = two_tower.from_config(config.model, config.text, vocab_size=VOCAB, dtype=jnp.float32)
+  model = two_tower.from_config(
+    config.model, config.text, vocab_size=VOCAB, dtype=jnp.float32, scalars={}
+  )
   text, mask = captions(readout)
   images = pixels(config.model.image_size)
   batch = {"image": images, "text": text, "mask": mask}

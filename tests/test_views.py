@@ -34,9 +34,12 @@ def batch(config):
   }  # fmt: skip
 
 
-def apply(run, batch, train=True):
-  state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
-  return run.model.apply(state.variables, batch, train=train, mutable="batch_stats")[0]
+def apply(run, *batches, train=True):
+  """`out` of each batch, from the same initial weights; of one batch alone for one."""
+  variables = state_lib.init_variables(run.model, run.mesh, 0)
+  call = lambda batch: run.model.apply(variables, batch, train=train, mutable="batch_stats")[0]
+  outs = [jax.jit(call)(batch) for batch in batches]
+  return outs if len(outs) > 1 else outs[0]
 
 
 def test_a_row_brings_all_views_in_order(config, tok):
@@ -93,11 +96,10 @@ def test_without_local_views_there_is_one_group(config, tok):
 def test_views_are_the_tower_on_each_view(config, batch, predict_from):
   """In evaluation mode rows do not mix, so every view must be what it is alone."""
   config.model.predict_from = predict_from
-  run = build_lib.build(config)
-  out = apply(run, batch, train=False)
-  assert out["views"].shape == (5, 16, 16) and "cls" not in out
   views = [batch["global"][:, i] for i in range(2)] + [batch["local"][:, i] for i in range(3)]
-  alone = [apply(run, {"image": view}, train=False) for view in views]
+  batches = [batch, *({"image": view} for view in views)]
+  out, *alone = apply(build_lib.build(config), *batches, train=False)
+  assert out["views"].shape == (5, 16, 16) and "cls" not in out
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   close(out["views"], np.stack([a["z_img"] for a in alone]))
   close(out["z_img"], (alone[0]["z_img"] + alone[1]["z_img"]) / 2)
