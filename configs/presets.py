@@ -31,14 +31,15 @@ def siglip(c):
 
 
 def release1(c):
-  """What the authors' first script does and our default does not."""
+  """The model, text and images of the authors' first script; its 50k steps of 256 rows per process
+  are for the user to set."""
   c.model.embed_dim = 768
   c.text.readout = "last"
   c.data.augment = "resize"
 
 
 def release2(c):
-  """The same of the authors' second script."""
+  """The same of the authors' second script, with its warm-up."""
   c.model.embed_dim = 768
   c.optim.warmup_from = 0.01
 

@@ -3,5 +3,5 @@
 from configs import vit_b
 
 
-def get_config():
-  return vit_b.get_config("plus")
+def get_config(names=""):
+  return vit_b.get_config(f"plus,{names}")

@@ -32,6 +32,7 @@ FIXED_KEYS = (
   "model.predictor_depth",
   "text.length",
   "text.readout",
+  "objective.name",
   "optim.name",
   "data.source",
 )
@@ -124,7 +125,7 @@ def build(config, *, training=True):
   mesh = sharding.make_mesh(**config.mesh)
   if training:
     check_batch(config, mesh)
-    check_views(config)
+    check_objective(config)
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
   data = config.data
@@ -175,15 +176,24 @@ def check_batch(config, mesh):
     )
 
 
-def check_views(config):
-  """Raises ValueError if the views of LeVLJEPA+ are asked for in one place and not in the other."""
+def check_objective(config):
+  """Raises ValueError if predictors or views are asked for in one place and not in the other."""
   data, patch = config.data, config.model.patch_size
-  plus = config.objective.name == "levljepa_plus"
+  name = config.objective.name
+  if name in ("clip", "siglip") and config.model.predictor_depth:
+    raise ValueError(
+      f"objective.name={name!r} compares embeddings and would leave the predictors untrained: set "
+      f"model.predictor_depth=0, or use the preset, --config=configs/vit_b.py:{name}"
+    )
+  plus = name == "levljepa_plus"
   if plus != (data.augment == "dino"):
     raise ValueError(
-      f"objective.name={config.objective.name!r} and data.augment={data.augment!r} do not go "
+      f"objective.name={name!r} and data.augment={data.augment!r} do not go "
       "together: 'levljepa_plus' and 'dino' need each other (configs/vit_b_plus.py has both)"
     )
+  for key, count in (("blur_prob", 3), ("solarise_prob", 3), ("jitter", 4)):
+    if len(data[key]) != count:
+      raise ValueError(f"data.{key} must have {count} values, got {tuple(data[key])}")
   if plus and data.local_views and data.local_size % patch:
     raise ValueError(
       f"model.patch_size={patch} does not divide data.local_size={data.local_size}; use a multiple "

@@ -124,11 +124,12 @@ VARIABLES = ("params", "batch_stats")  # the part of a state that a model takes
 def find(path):
   """WORKDIR/checkpoints/STEP from itself or, the newest, from WORKDIR; None if it is neither."""
   path = os.path.abspath(os.path.expanduser(path))
-  if not os.path.basename(path).isdigit():
-    steps = glob.glob(os.path.join(glob.escape(path), "checkpoints", "[0-9]*"))
-    steps = [s for s in steps if os.path.basename(s).isdigit()]
-    path = max(steps, key=lambda s: int(os.path.basename(s)), default="")
-  return path if os.path.isdir(os.path.join(path, "state")) else None
+  name = os.path.basename
+  is_checkpoint = lambda p: name(p).isdigit() and os.path.isdir(os.path.join(p, "state"))
+  if is_checkpoint(path):
+    return path
+  steps = glob.glob(os.path.join(glob.escape(path), "checkpoints", "*"))
+  return max(filter(is_checkpoint, steps), key=lambda p: int(name(p)), default=None)
 
 
 def read(path, abstract_variables, check):

@@ -5,11 +5,8 @@
   scores = enc.similarity(["cat.jpg", "dog.jpg"], ["a cat", "a dog"])  # (2, 2)
 """
 
-import base64
 import copy
-import dataclasses
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +40,7 @@ def load(path, *, tokenizer=None, readout=None, statistics=None, batch_size=64):
     FileNotFoundError: no such path.
     ValueError: it is damaged, holds no whole model, or its parts do not fit each other.
   """
+  path = checkpoint.find(path) or path  # once: a run may go on and save a newer one
   loaded = interop.read(path)
   missing = [name for name in levljepa.NEEDED if name not in loaded["params"]]
   if missing:
@@ -50,42 +48,32 @@ def load(path, *, tokenizer=None, readout=None, statistics=None, batch_size=64):
       f"{path} holds no whole model: without {', '.join(missing)}. Weights of a tower alone are "
       "for --config.init_from"
     )
-  found = _describe(path, loaded)
+  described = interop.describe(path)
+  config = _config(described, loaded)
   changes = {"text": {"readout": readout}, "model": {"statistics": statistics}}
   for part, values in changes.items():
-    found.config[part].update({k: v for k, v in values.items() if v is not None})
+    config[part].update({k: v for k, v in values.items() if v is not None})
   if tokenizer is not None:
-    found.tokenizer = tokenizer_lib.load(tokenizer)
-  return Encoder(loaded, found, batch_size)
+    tokenizer = tokenizer_lib.load(tokenizer)
+  elif described and described.tokenizer:
+    tokenizer = tokenizer_lib.from_bytes(described.tokenizer)
+    if tokenizer.identity != described.tokenizer_identity:
+      raise ValueError(
+        f"{path}: the tokenizer there ({tokenizer.identity}) is not the one that the model was "
+        f"trained with ({described.tokenizer_identity}); export again"
+      )
+  return Encoder(loaded, config, tokenizer, described, batch_size)
 
 
-@dataclasses.dataclass
-class Description:
-  """What is known of a model beside its weights: how it was trained, None where it is not said."""
-
-  config: ConfigDict
-  tokenizer: Any
-  step: Any
-  data_identity: Any
-
-
-def _describe(path, loaded):
-  """The Description of the model at `path`, whose weights are `loaded`."""
-  if checkpoint.find(path):
-    meta = checkpoint.read_meta(path)
-    step = int(os.path.basename(checkpoint.find(path)))
-    tokenizer = tokenizer_lib.from_bytes(base64.b64decode(meta["tokenizer"]))
-    return Description(ConfigDict(meta["config"]), tokenizer, step, meta["data_identity"])
-  exported = levljepa.read_config(path).get("jepa_vl")
-  if exported:
-    tokenizer = tokenizer_lib.load(path) if exported["tokenizer"] else None
-    config = ConfigDict(exported["config"])
-    return Description(config, tokenizer, exported["step"], exported["data_identity"])
+def _config(described, loaded):
+  """The model's config: what is said beside the weights, over the reference's and the shapes'."""
   config = copy.deepcopy(levljepa.CONFIG)
   for key, value in interop.shapes(loaded).items():
     if key.startswith("model."):
       config["model"][key.removeprefix("model.")] = value
-  return Description(ConfigDict(config), None, None, None)
+  for part, values in (described.config if described else {}).items():
+    config[part] = {**config.get(part, {}), **values} if isinstance(values, dict) else values
+  return ConfigDict(config)
 
 
 class Encoder:
@@ -100,12 +88,13 @@ class Encoder:
   resized to that and nothing cropped; the patch must divide it.
   """
 
-  def __init__(self, loaded, description, batch_size):
-    config, tokenizer = description.config, description.tokenizer
-    self.config, self.tokenizer = config, tokenizer
-    self.step, self.data_identity = description.step, description.data_identity
+  def __init__(self, loaded, config, tokenizer, description, batch_size):
+    """`load` makes one: weights, their config, a tokenizer or None, interop.Description or None."""
+    if batch_size < 1:
+      raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    self.config, self.tokenizer, self.description = config, tokenizer, description
     self._batch_size = batch_size
-    vocabulary = interop.shapes(loaded).get("vocab_size")
+    vocabulary = interop.shapes(loaded)["vocab_size"]
     if tokenizer and tokenizer.vocab_size != vocabulary:
       raise ValueError(
         f"the tokenizer has {tokenizer.vocab_size} tokens and the text tower {vocabulary}: give "
@@ -113,7 +102,7 @@ class Encoder:
       )
     scalars = {name: 0.0 for name, x in loaded["params"].items() if not isinstance(x, dict)}
     self._model = two_tower.from_config(
-      config.model, config.text, vocab_size=vocabulary or 1, dtype=compute_dtype(config.model),
+      config.model, config.text, vocab_size=vocabulary, dtype=compute_dtype(config.model),
       scalars=scalars,
     )  # fmt: skip
     batch = two_tower.dummy_batch(self._model, 1)
@@ -211,7 +200,7 @@ class Encoder:
         "these files hold no tokenizer: encoder.load(path, tokenizer=...) with GPT-2's "
         "tokenizer.json, or the folder that holds vocab.json and merges.txt"
       )
-    captions = [captions] if isinstance(captions, str) else list(captions)
+    captions = [captions] if isinstance(captions, str) else _list(captions, "captions")
     for caption in captions:
       if not isinstance(caption, str):
         raise ValueError(f"captions must be strings, got {type(caption).__name__}")
@@ -250,7 +239,14 @@ def _as_list(images):
   if hasattr(images, "ndim"):
     return list(images) if images.ndim == 4 else [images]
   single = isinstance(images, (str, os.PathLike)) or hasattr(images, "convert")
-  return [images] if single else list(images)
+  return [images] if single else _list(images, "images")
+
+
+def _list(items, what):
+  try:
+    return list(items)
+  except TypeError as e:
+    raise ValueError(f"{what} must be one or a list of them, got {type(items).__name__}") from e
 
 
 def _as_array(image):
@@ -262,7 +258,12 @@ def _as_array(image):
       return transforms.decode(data)
     except transforms.DamagedRecord as e:
       raise ValueError(f"{os.fspath(image)}: {e}") from e
-  if hasattr(image, "convert"):  # PIL
+  if hasattr(image, "convert"):  # PIL; upright and in eight bits, as a file is decoded
+    import PIL.ImageOps
+
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+      image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.asarray(image.convert("RGB"))
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -25,28 +25,44 @@ def export(path, folder):
     ValueError, FileNotFoundError: as `encoder.load`.
     OSError: the folder cannot be written.
   """
+  folder = _target(folder)
+  path = checkpoint.find(path) or path
   model = encoder.load(path)
-  config = model.config.to_dict()
+  config, tokenizer = model.config.to_dict(), model.tokenizer
+  variables = jax.tree.map(np.asarray, model.variables)
   described = {
+    **levljepa.describe(variables),
     "model_type": config.get("objective", {}).get("name", "levljepa"),
     "preprocessing": _preprocessing(config),
     "jepa_vl": {
       "config": config,
-      "step": model.step,
-      "data_identity": model.data_identity,
-      "tokenizer": getattr(model.tokenizer, "identity", None),
+      "step": getattr(model.description, "step", None),
+      "data_identity": getattr(model.description, "data_identity", None),
+      "tokenizer_identity": tokenizer.identity if tokenizer else None,
+      "tokenizer_file": tokenizer.filename if tokenizer else None,
     },
   }
-  variables = jax.tree.map(np.asarray, model.variables)
-  levljepa.save(folder, variables, step=model.step or 0, config=described)
-  if model.tokenizer:
-    with open(os.path.join(folder, model.tokenizer.filename), "wb") as f:
-      f.write(model.tokenizer.model)
-  card = model_card(levljepa.read_config(folder), evaluations(path, model.step))
-  with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-    f.write(card)
+  step = described["jepa_vl"]["step"]
+  beside = {"README.md": model_card(described, evaluations(path, step)).encode()}
+  if tokenizer:
+    beside[tokenizer.filename] = tokenizer.model
+  levljepa.save(folder, variables, step=step or 0, config=described, beside=beside)
   log.info("exported %s to %s; README.md there shows how to open it", path, folder)
   return 0
+
+
+def _target(folder):
+  """The folder's path. Raises ValueError if it holds what is no earlier export."""
+  if "://" in folder:
+    raise ValueError(f"--workdir={folder} is an address; exports are written to local folders")
+  folder = os.path.abspath(os.path.expanduser(folder))
+  used = os.path.isdir(folder) and os.listdir(folder)
+  if used and "jepa_vl" not in levljepa.read_config(folder):
+    raise ValueError(
+      f"--workdir={folder} holds files that no earlier export wrote, and an export would replace "
+      "config.json and README.md there; give a new or empty folder"
+    )
+  return folder
 
 
 def _preprocessing(config):
@@ -65,9 +81,12 @@ def evaluations(path, step):
   results = os.path.join(os.path.dirname(os.path.dirname(found)), "results.json")
   if not os.path.exists(results):
     return []
-  with open(results) as f:
-    content = json.load(f)
-  return content["rows"] if content["step"] == step else []
+  try:
+    with open(results) as f:
+      content = json.load(f)
+    return content["rows"] if content["step"] == step else []
+  except (ValueError, KeyError) as e:
+    raise ValueError(f"{results} is damaged ({e}); move it away to export without figures") from e
 
 
 def model_card(described, rows):
@@ -90,7 +109,7 @@ def model_card(described, rows):
     "Objective": f"`{objective}`",
     "Data": f"`{data.get('source', 'not said')}` {data.get('path', '')}: {own['data_identity']}",
     "Steps, batch": f"{own['step']}, {config.get('batch_size')}",
-    "Tokenizer": own["tokenizer"] or "GPT-2's, not in this folder",
+    "Tokenizer": own["tokenizer_identity"] or "GPT-2's, not in this folder",
     "Images": f"shorter side to {crop['resize']} px, centre crop of {crop['centre_crop']} px, "
     f"normalised by mean {_rounded(crop['mean'])} and std {_rounded(crop['std'])}",
   }

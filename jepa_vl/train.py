@@ -13,7 +13,7 @@ import jax
 
 from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
-from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, make_encode
+from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
 from jepa_vl.data import pipeline
 from jepa_vl.evals import report
 from jepa_vl.model import two_tower
@@ -42,7 +42,7 @@ def train(config, workdir):
   else:
     start, state = 0, state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
     if config.init_from:
-      state = initialise_from(config.init_from, state)
+      state = initialise_from(run, state)
   if jax.process_index() == 0:
     with open(os.path.join(workdir, "config.json"), "w") as f:
       f.write(config.to_json_best_effort(indent=2) + "\n")
@@ -56,25 +56,44 @@ def train(config, workdir):
     checkpoints.close()
 
 
-def initialise_from(spec, state):
-  """The state with the weights of the files `spec` in place of its own; says what is whose.
+def initialise_from(run, state):
+  """The state with the weights of `init_from` in place of its own; says what is whose.
 
   Raises:
-    ValueError, FileNotFoundError: as `interop.read` and `interop.fit`.
+    ValueError, FileNotFoundError: as `interop.read` and `interop.fit`, or a text tower of another
+      tokenizer.
   """
-  own = state.variables
+  spec, own = run.config.init_from, state.variables
   variables, left_out, left_alone = interop.fit(interop.read(spec), own)
   put = lambda x, like: like if x is like else jax.make_array_from_callback(
     like.shape, like.sharding, lambda index: x[index]
   )  # fmt: skip
   variables = jax.tree.map(put, variables, own)
   loaded = sorted(set(variables["params"]) - set(left_alone))
+  for path in spec.split(","):
+    _check_origin(path, interop.describe(path), run, "text" in loaded)
   log.info("init_from: %s of %s", ", ".join(loaded), spec)
   if left_alone:
     log.info("init_from: not in the files, newly initialised: %s", ", ".join(left_alone))
   if left_out:
     log.info("init_from: in the files, not in this model: %s", ", ".join(left_out))
   return state.replace(**variables)
+
+
+def _check_origin(path, described, run, with_text):
+  """Whether weights of ours meant the same by tokens and pixels; other files do not say."""
+  if not described:
+    return
+  if with_text and described.tokenizer_identity not in (None, run.tokenizer.identity):
+    raise ValueError(
+      f"init_from: the text tower of {path} was trained with the tokenizer "
+      f"{described.tokenizer_identity}, and text.tokenizer is {run.tokenizer.identity}: its token "
+      "embeddings would stand for other words. Give that tokenizer, or the image tower alone"
+    )
+  there, here = flat(described.config), flat(run.config.to_dict())
+  for key in ("model.statistics", "text.readout"):
+    if there.get(key, here[key]) != here[key]:
+      log.warning("init_from: %s was trained with %s=%s, not %s", path, key, there[key], here[key])
 
 
 def _loop(run, workdir, start, state, checkpoints, writer):
@@ -319,7 +338,7 @@ def finish(run, encode, state, step, writer, workdir):
 
 
 def table_with_floors(run, encode, trained):
-  """Rows of `evals.table`: each figure beside the untrained network's and its other floors."""
+  """Rows of `evals.table`: each figure beside a randomly initialised network's and its floors."""
   if not trained:
     return []
   untrained = state_lib.init_variables(run.model, run.mesh, run.config.seed)
@@ -331,7 +350,8 @@ def evaluate_checkpoint(config, path):
   if not config.evals:
     raise ValueError("the config's `evals` are empty; configs/tiny.py shows how to name some")
   run = build(config, training=False)
-  fixed = [k for k in FIXED_KEYS if k not in ("model.statistics", "text.readout", "data.source")]
+  free = ("model.statistics", "text.readout", "objective.name", "data.source")
+  fixed = [k for k in FIXED_KEYS if k not in free]
   check = lambda meta: check_resume(meta, run, fixed)
   variables = checkpoint.read(path, run.abstract_state.variables, check)
   encode = make_encode(run)

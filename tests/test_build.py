@@ -38,6 +38,22 @@ def test_weights_that_leave_none_for_the_alignment_are_refused(config):
     build_lib.build(config)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_baseline_with_predictors_is_refused(config, name):
+  """They would stay untrained, and be read."""
+  config.objective.name = name
+  with pytest.raises(ValueError, match=f"predictor_depth=0, or use the preset, .*vit_b.py:{name}"):
+    build_lib.build(config)
+  config.model.predictor_depth = 0
+  assert build_lib.make_encode(build_lib.build(config)).readings == ("embed",)
+
+
+def test_an_augmentation_of_the_wrong_length_is_named(config):
+  config.data.blur_prob = (1.0, 0.1)
+  with pytest.raises(ValueError, match="data.blur_prob must have 3 values"):
+    build_lib.build(config)
+
+
 def test_an_evaluation_needs_neither_training_data_nor_its_batch(config):
   config.data.update({"source": "array_record", "path": "/none"})
   config.batch_size = 10

@@ -184,6 +184,10 @@ def test_the_newest_checkpoint_of_a_workdir_is_found(saved):
   (saved / "20.damaged").mkdir()
   assert checkpoint.find(str(saved.parent)) == str(saved / "10")  # a number, not a word
   assert checkpoint.find(str(saved / "2")) == str(saved / "2")
+  os.rename(saved.parent, saved.parent.with_name("7"))  # a workdir's name may be a number
+  named = saved.parent.with_name("7")
+  assert checkpoint.find(str(named)) == str(named / "checkpoints" / "10")
+  os.rename(named, saved.parent)
   assert checkpoint.find(str(saved)) is None and checkpoint.find(str(saved / "20")) is None
 
 

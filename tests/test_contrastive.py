@@ -46,7 +46,7 @@ def test_clip_is_the_symmetric_cross_entropy(out, devices):
 
 
 @pytest.mark.parametrize("devices", DEVICES)
-@pytest.mark.parametrize("chunk_size", [0, 1, 5, 16, 1000])
+@pytest.mark.parametrize("chunk_size", [0, 1, 5, 16, 47, 1000])
 def test_siglip_is_the_sum_over_all_pairs(out, chunk_size, devices):
   logits = np.exp(2.0) * cosines(out) - 3.0
   sign = 2 * np.eye(B) - 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 
 import cv2
@@ -73,7 +74,7 @@ def test_what_it_encodes_is_what_evaluations_see(model, workdir):
   close(model.encode_text(data.captions[:7]), expected["z_txt"][:7])
   close(model.predict_image_from_text(data.captions[:7]), expected["p_txt"][:7])
   close(model.patch_features(pictures), encode.patches(variables, data.images[:5]))
-  assert model.step == 2 and model.reading == "avg" and model.embed_dim == 16
+  assert model.description.step == 2 and model.reading == "avg" and model.embed_dim == 16
 
 
 def test_paths_pictures_and_arrays_are_the_same_image(model, images, tmp_path):
@@ -87,6 +88,20 @@ def test_paths_pictures_and_arrays_are_the_same_image(model, images, tmp_path):
   alike = np.repeat(images[0][..., :1], 3, axis=2)
   np.testing.assert_array_equal(model.encode_image(grey), model.encode_image(alike))
   np.testing.assert_array_equal(model.encode_text("cat"), model.encode_text(["cat"]))
+
+
+def test_a_picture_is_decoded_as_its_file(model, tmp_path):
+  """Upright by its EXIF orientation, and sixteen bits as the upper eight."""
+  turned, deep = tmp_path / "turned.jpg", tmp_path / "deep.png"
+  exif = PIL.Image.Exif()
+  exif[274] = 6  # orientation: a quarter turn
+  PIL.Image.fromarray(cv2.resize(noise((4, 6)), (60, 40))).save(turned, exif=exif, quality=95)
+  cv2.imwrite(str(deep), np.random.default_rng(0).integers(0, 2**16, (20, 24), dtype=np.uint16))
+  for path in (turned, deep):
+    as_file, as_picture = encoder._as_array(path), encoder._as_array(PIL.Image.open(path))
+    assert as_file.shape == as_picture.shape
+    assert np.abs(as_file.astype(int) - as_picture).mean() < 1  # two decoders of one JPEG
+  assert encoder._as_array(turned).shape == (60, 40, 3)
 
 
 def test_rows_do_not_depend_on_their_batch(workdir, model, images):
@@ -146,6 +161,10 @@ def test_what_is_no_image_or_caption_is_said(model, images, tmp_path):
     model.encode_text(["cat", 3])
   with pytest.raises(ValueError, match="no images were given"):
     model.encode_image([])
+  with pytest.raises(ValueError, match="images must be one or a list of them, got int"):
+    model.encode_image(3)
+  with pytest.raises(ValueError, match="captions must be one or a list of them, got NoneType"):
+    model.encode_text(None)
 
 
 # --- export
@@ -157,7 +176,8 @@ def test_an_export_opens_as_what_was_exported(model, exported, images):
   np.testing.assert_array_equal(
     again.similarity(images, CAPTIONS), model.similarity(images, CAPTIONS)
   )
-  assert again.config.to_dict() == model.config.to_dict() and again.step == 2
+  assert again.config.to_dict() == model.config.to_dict()
+  assert again.description.step == 2
   assert again.tokenizer.identity == model.tokenizer.identity
 
 
@@ -172,6 +192,47 @@ def test_the_model_card_tells_data_steps_figures_and_config(exported):
   with open(os.path.join(exported, "config.json")) as f:
     described = json.load(f)
   assert described["preprocessing"]["resize"] == 18 and described["projector_depth"] == 2
+
+
+def test_an_export_replaces_an_export_and_nothing_else(workdir, exported, tmp_path):
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  (mine / "README.md").write_text("mine")
+  for folder in (workdir, mine):
+    with pytest.raises(ValueError, match="files that no earlier export wrote.* new or empty"):
+      export_lib.export(workdir, str(folder))
+  assert os.listdir(mine) == ["README.md"]
+  copy = tmp_path / "copy"
+  shutil.copytree(exported, copy)
+  (copy / "vision_encoder.safetensors").write_bytes(b"")
+  export_lib.export(workdir, str(copy))
+  for name in os.listdir(exported):
+    assert (copy / name).read_bytes() == pathlib.Path(exported, name).read_bytes()
+
+
+def test_another_tokenizer_in_the_folder_is_noticed(exported, tmp_path, tok):
+  copy = tmp_path / "copy"
+  shutil.copytree(exported, copy)
+  config = json.loads((copy / "config.json").read_text())
+  config["jepa_vl"]["tokenizer_identity"] = "sentencepiece of 2000, 0000000000000000"
+  (copy / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="is not the one that the model was trained with"):
+    encoder.load(str(copy))
+  config["jepa_vl"] = {"config": {}}
+  (copy / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="its part 'jepa_vl' is damaged"):
+    encoder.load(str(copy))
+
+
+def test_the_two_files_of_an_export_keep_its_description(exported):
+  paths = [os.path.join(exported, f"{name}_encoder.safetensors") for name in ("vision", "text")]
+  model = encoder.load(",".join(paths))
+  assert model.config.text.length == 12 and model.tokenizer
+
+
+def test_a_step_that_is_not_there_is_named(workdir):
+  with pytest.raises(FileNotFoundError, match=r"9999 does not exist; the steps there are \[2\]"):
+    encoder.load(os.path.join(workdir, "checkpoints", "9999"))
 
 
 def test_figures_of_another_step_are_not_claimed(workdir, tmp_path):
@@ -254,7 +315,7 @@ def test_a_damaged_config_is_said(bare):
 def start(config):
   run = build_lib.build(config)
   state = train.state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
-  return state, train.initialise_from(config.init_from, state)
+  return state, train.initialise_from(run, state)
 
 
 def test_init_from_takes_the_weights_and_not_the_optimizer(workdir, exported, caplog, monkeypatch):
@@ -277,6 +338,23 @@ def test_init_from_says_what_is_whose(workdir, caplog, monkeypatch):
     start(config)
   assert "newly initialised: log_scale" in caplog.text
   assert "in the files, not in this model: image_predictor, text_predictor" in caplog.text
+
+
+def test_init_from_refuses_the_words_of_another_tokenizer(exported, tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(train.log, "propagate", True)
+  copy = tmp_path / "copy"
+  shutil.copytree(exported, copy)
+  described = json.loads((copy / "config.json").read_text())
+  described["jepa_vl"]["tokenizer_identity"] = "another"
+  described["jepa_vl"]["config"]["model"]["statistics"] = "imagenet"
+  (copy / "config.json").write_text(json.dumps(described))
+  config = small()
+  config.init_from = str(copy)
+  with pytest.raises(ValueError, match="tokenizer another, and text.tokenizer is sentencepiece"):
+    start(config)
+  config.init_from = str(copy / "vision_encoder.safetensors")  # an image tower knows no words
+  start(config)
+  assert "was trained with model.statistics=imagenet, not clip" in caplog.text
 
 
 def test_init_from_another_architecture_names_every_difference(workdir):

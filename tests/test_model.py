@@ -209,3 +209,5 @@ def test_canonical_model_has_the_published_size():
   # Hugging Face's GPT2Model has 124,439,808 with 1024 positions; we keep the 77 that are used.
   assert state_lib.count(params["text"]) == 124_439_808 - (1024 - 77) * 768
   assert two_tower.forward_flops(model) == pytest.approx(48.5e9, rel=0.005)
+  views = (224,) * 2 + (96,) * 4  # what README says of vit_b_plus
+  assert two_tower.forward_flops(model, views) == pytest.approx(109e9, rel=0.005)

@@ -113,11 +113,12 @@ def test_group_that_does_not_divide_is_named():
     sigreg(jax.random.key(0), jnp.zeros((64, 4)), **{**CFG, "group_size": 24})
 
 
-def test_groups_on_their_own_devices_need_no_communication_in_the_loop():
+@pytest.mark.parametrize("views", [(), (3,)])
+def test_groups_on_their_own_devices_need_no_communication_in_the_loop(views):
   """One sum of the groups' values at the end is all that the eight devices exchange."""
   mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
-  rows = NamedSharding(mesh, P(sharding.BATCH))
-  z = jax.ShapeDtypeStruct((64, 24), jnp.float32, sharding=rows)
+  rows = NamedSharding(mesh, P(*(None for _ in views), sharding.BATCH))
+  z = jax.ShapeDtypeStruct((*views, 64, 24), jnp.float32, sharding=rows)
   grad = jax.value_and_grad(lambda z: sigreg(jax.random.key(0), z, **CFG | {"group_size": 8}))
   text = jax.jit(grad, out_shardings=(None, rows)).lower(z).compile().as_text()
   in_loops, _, after = text.partition("\nENTRY ")

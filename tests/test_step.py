@@ -101,6 +101,7 @@ def test_sharded_equals_single_device(config, mesh_sizes, preset):
   jax.tree_util.tree_map_with_path(close, alone.batch_stats, jax.device_get(sharded.batch_stats))
 
   moved = 0
+  share = 2e-3 if preset == "plus" else 1e-3  # one of a bias's 512, with three times the rows
 
   def close_after_adam(path, a, b, start):
     nonlocal moved
@@ -109,7 +110,7 @@ def test_sharded_equals_single_device(config, mesh_sizes, preset):
     # Adam divides by the gradient's size: a component that is itself round-off may step by lr
     # either way. Those are few, and everything else agrees.
     off = np.abs(a - b) > 1e-5
-    assert off.sum() <= 2e-3 * off.size, f"{name}: {off.sum()} of {off.size} differ"
+    assert off.sum() <= share * off.size, f"{name}: {off.sum()} of {off.size} differ"
     moved += int((np.abs(a - start) > 1e-5).any())
 
   jax.tree_util.tree_map_with_path(

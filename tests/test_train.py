@@ -2,14 +2,18 @@
 
 import math
 import os
+import re
+import shutil
 import signal
 import threading
 import time
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from jepa_vl import metrics, train
+from configs import presets
+from jepa_vl import encoder, metrics, train
 from jepa_vl.data import pipeline
 
 
@@ -48,6 +52,32 @@ def test_a_worker_that_dies_of_itself_is_an_error(config, tmp_path, monkeypatch)
   with pytest.raises(RuntimeError, match="a worker was terminated"):
     train.train(config, str(tmp_path))
   assert not (tmp_path / "checkpoints" / "3").exists()
+
+
+@pytest.mark.parametrize("preset", ["plus", "siglip"])
+def test_the_other_objectives_train_resume_and_are_evaluated(config, tmp_path, preset, capsys):
+  """In micro-batches, stopped and gone on with, evaluated on the way, alone and by the encoder."""
+  presets.apply(config, preset)
+  config.data.local_size, config.accumulate, config.log_every = 8, 2, 1
+  config.evals = ConfigDict({"rank": {"source": "emoji", "path": "", "splits": ("val",)}})
+  config.steps, config.checkpoint_every, config.eval_every = 4, 2, 2
+  assert train.train(config, str(tmp_path / "straight")) == 0
+  shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+  shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+  assert train.train(config, str(tmp_path / "resumed")) == 0
+  losses = [
+    [r["loss"] for r in metrics.read_jsonl(tmp_path / name / "metrics.jsonl")]
+    for name in ("straight", "resumed")
+  ]
+  assert losses[0] == losses[1] and len(losses[0]) == 4
+  capsys.readouterr()
+  train.evaluate_checkpoint(config, str(tmp_path / "resumed" / "checkpoints" / "4"))
+  rank = float(re.search(r"rank val img +([\d.]+)", capsys.readouterr().out)[1])
+  logged = metrics.read_jsonl(tmp_path / "straight" / "evals.jsonl")
+  assert [r["step"] for r in logged] == [2, 4]
+  assert logged[1]["metrics"]["val/img"] == pytest.approx(rank, abs=1e-3)
+  model = encoder.load(str(tmp_path / "resumed"))
+  assert model.encode_image(np.zeros((20, 20, 3), np.uint8)).shape == (1, 16)
 
 
 def test_waiting_for_data_is_told(config, tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def _results(rows, notes):
     '<p class="quiet">i2t: an image finds its caption, t2i: a caption finds its images. R@k: share '
     "of queries with a right answer among the first k. avg: mean of the cosines of either "
     "prediction with its target; embed: cosine of the embeddings. untrained: the same network "
-    "before its first step. rank: effective rank of the embeddings, higher is more isotropic.</p>"
+    "with random weights. rank: effective rank of the embeddings, higher is more isotropic.</p>"
   )
   details = f"<details><summary>All {len(rows)} figures</summary>{_tables(rows)}</details>"
   return (

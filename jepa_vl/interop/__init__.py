@@ -6,14 +6,17 @@ variables; `levljepa.save` writes the authors' form. PyTorch itself is needed fo
 files alone.
 """
 
+import base64
+import dataclasses
 import os
 import re
+from typing import Any
 
 from jepa_vl import checkpoint
 from jepa_vl.interop import files, gpt2, levljepa, timm
 from jepa_vl.interop.variables import fit, merge, shapes
 
-__all__ = ["fit", "read", "shapes"]
+__all__ = ["Description", "describe", "fit", "read", "shapes"]
 
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # also timm's folders
 
@@ -47,9 +50,11 @@ def read(spec):
   parts = {}
   for path in [spec] if os.path.exists(spec) else spec.split(","):
     path = os.path.expanduser(path.strip())
-    if checkpoint.find(path):
-      parts[path] = checkpoint.read(path, None, check=lambda meta: None)
+    found = checkpoint.find(path)
+    if found:
+      parts[found] = checkpoint.read(found, None, check=lambda meta: None)
       continue
+    _check_step(path)
     for file in _files(path) if os.path.isdir(path) else [path]:
       if file in parts:
         raise ValueError(f"{file} is given twice")
@@ -61,6 +66,50 @@ def read(spec):
   return merge(parts)
 
 
+@dataclasses.dataclass
+class Description:
+  """What our own files hold beside the weights: how the model was made."""
+
+  config: dict
+  step: Any
+  data_identity: Any
+  tokenizer_identity: Any
+  tokenizer: Any  # its bytes, or None
+
+
+def describe(path):
+  """The Description of a checkpoint, workdir or export of ours at `path`; None of other files.
+
+  Of an export the two files, joined by a comma, do as well.
+
+  Raises:
+    ValueError: what stands beside the weights is damaged.
+  """
+  found = checkpoint.find(path)
+  if found:
+    meta = checkpoint.read_meta(found)
+    return Description(
+      meta["config"], int(os.path.basename(found)), meta["data_identity"],
+      meta["tokenizer_identity"], base64.b64decode(meta["tokenizer"]),
+    )  # fmt: skip
+  folders = {os.path.dirname(p) if os.path.isfile(p) else p
+             for p in (os.path.expanduser(p.strip()) for p in path.split(","))}  # fmt: skip
+  folder = folders.pop()
+  own = levljepa.read_config(folder).get("jepa_vl") if not folders else None
+  if own is None:
+    return None
+  try:
+    file = own["tokenizer_file"]
+    tokenizer = levljepa.read_bytes(os.path.join(folder, os.path.basename(file))) if file else None
+    return Description(
+      dict(own["config"]), own["step"], own["data_identity"], own["tokenizer_identity"], tokenizer
+    )
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+      f"{folder}/config.json: its part 'jepa_vl' is damaged ({type(e).__name__}: {e}); export again"
+    ) from e
+
+
 def _read_flat(flat):
   for pattern, reader in FORMS:
     if any(re.match(pattern, name) for name in flat):
@@ -69,6 +118,13 @@ def _read_flat(flat):
     "neither timm's ViT, Hugging Face's GPT2Model nor the LeVLJEPA authors' vision or text file; "
     f"its names begin {', '.join(list(flat)[:8])}"
   )
+
+
+def _check_step(path):
+  folder = os.path.dirname(os.path.abspath(path))
+  if os.path.basename(folder) == "checkpoints" and not os.path.exists(path):
+    steps = sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+    raise FileNotFoundError(f"{path} does not exist; the steps there are {steps}")
 
 
 def _files(folder):

@@ -34,6 +34,9 @@ def read(path):
   return flat
 
 
+SAFE_TORCH = (2, 10)  # whose torch.load(weights_only=True) has no known way to run code
+
+
 def _as_float32(x):
   return np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
 
@@ -57,6 +60,13 @@ def _read_torch(path):
       f"{path} is a PyTorch file and PyTorch is not installed: pip install torch, or convert the "
       "file to .safetensors where PyTorch is"
     ) from e
+  version = tuple(int(x) for x in re.findall(r"\d+", torch.__version__)[:2])
+  if version < SAFE_TORCH:
+    raise ValueError(
+      f"{path} is a PyTorch file, and PyTorch {torch.__version__} can be made to run code by one "
+      f"(CVE-2025-32434, CVE-2026-24747): install {SAFE_TORCH[0]}.{SAFE_TORCH[1]} or later, or "
+      "convert the file to .safetensors"
+    )
   try:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     return {name: _as_float32(x) for name, x in _leaves(loaded, "", torch)}

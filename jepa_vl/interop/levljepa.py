@@ -148,11 +148,12 @@ def load(path):
   return merge(parts)
 
 
-def save(folder, variables, *, step, config=None):
+def save(folder, variables, *, step, config=None, beside=None):
   """Writes vision_encoder.safetensors, text_encoder.safetensors and config.json into `folder`.
 
-  Each file is written under another name and renamed when whole. `step` becomes BatchNorm's
-  num_batches_tracked; `config` is merged over the authors' keys of config.json.
+  They are written under other names and renamed once all are whole. `step` becomes BatchNorm's
+  num_batches_tracked; `config` is merged over the authors' keys of config.json; `beside`, names to
+  bytes, are further files.
 
   Raises:
     ValueError: a tower or head is missing from the variables, or they are no model of ours.
@@ -161,14 +162,16 @@ def save(folder, variables, *, step, config=None):
   missing = [name for name in NEEDED if name not in variables["params"]]
   if missing:
     raise ValueError(f"the authors' files need {', '.join(missing)}, which the variables lack")
-  content = {FILES[modality]: to_file(variables, modality, step=step) for modality in FILES}
-  described = {**describe(variables), **(config or {})}
-  os.makedirs(folder, exist_ok=True)
-  for name, flat in content.items():
-    write = lambda path, flat=flat: safetensors.numpy.save_file(flat, path, {"format": "pt"})
-    _replace(os.path.join(folder, name), write)
-  text = json.dumps(described, indent=2) + "\n"
-  _replace(os.path.join(folder, "config.json"), lambda path: _write_text(path, text))
+  writers = {}
+  for modality, name in FILES.items():
+    flat = to_file(variables, modality, step=step)
+    writers[name] = lambda path, flat=flat: safetensors.numpy.save_file(
+      flat, path, {"format": "pt"}
+    )
+  described = json.dumps({**describe(variables), **(config or {})}, indent=2) + "\n"
+  for name, content in {**(beside or {}), "config.json": described.encode()}.items():
+    writers[name] = lambda path, content=content: _write_bytes(path, content)
+  _write_all(folder, writers)
 
 
 def to_file(variables, modality, *, step):
@@ -240,20 +243,30 @@ def read_config(path):
   return config
 
 
-def _write_text(path, text):
-  with open(path, "w") as f:
-    f.write(text)
-
-
-def _replace(path, write):
-  """Lets `write` fill a temporary name beside `path` and renames it, so that no half file stays."""
-  temporary = f"{path}.tmp"
+def _write_all(folder, writers):
+  """Fills a temporary name per file and renames them when all are whole: all are new, or none."""
+  os.makedirs(folder, exist_ok=True)
+  temporaries = {name: os.path.join(folder, f"{name}.tmp") for name in writers}
   try:
-    with open(temporary, "wb"):
-      mode = os.stat(temporary).st_mode
-    write(temporary)
-    os.chmod(temporary, mode)  # safetensors lets nobody else read what it writes
-    os.replace(temporary, path)
+    for name, path in temporaries.items():
+      with open(path, "wb"):
+        mode = os.stat(path).st_mode
+      writers[name](path)
+      os.chmod(path, mode)  # safetensors lets nobody else read what it writes
+    for name, path in temporaries.items():
+      os.replace(path, os.path.join(folder, name))
   finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)
+    for path in temporaries.values():
+      if os.path.exists(path):
+        os.remove(path)
+
+
+def read_bytes(path):
+  """All of a file."""
+  with open(path, "rb") as f:
+    return f.read()
+
+
+def _write_bytes(path, content):
+  with open(path, "wb") as f:
+    f.write(content)

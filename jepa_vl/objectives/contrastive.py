@@ -42,17 +42,22 @@ def siglip(out, rng, *, chunk_size):
   images, texts = _unit(out["z_img"]), _unit(out["z_txt"])
   scale, bias = jnp.exp(out["log_scale"]), out["bias"]
   B = images.shape[0]
-  chunk = _divisor(B, chunk_size or B)
+  chunk = min(chunk_size or B, B)
+  padding = -B % chunk
+  if padding:
+    texts = jnp.pad(texts, [(0, padding), (0, 0)])
 
   @jax.checkpoint
   def body(sums, columns):
     index, some_texts = columns
     logits = scale * _matmul(images, some_texts.T) + bias  # (B, chunk)
     matched = jnp.arange(B)[:, None] == index
-    return sums + jnp.sum(jax.nn.softplus(jnp.where(matched, -logits, logits)), axis=1), None
+    losses = jax.nn.softplus(jnp.where(matched, -logits, logits))
+    return sums + jnp.sum(jnp.where(index < B, losses, 0.0), axis=1), None
 
   with jax.named_scope("siglip"):
-    columns = (jnp.arange(B).reshape(-1, chunk), texts.reshape(-1, chunk, texts.shape[-1]))
+    index = jnp.arange(B + padding).reshape(-1, chunk)
+    columns = (index, texts.reshape(-1, chunk, texts.shape[-1]))
     # One sum per row, added up after the loop, which thus needs no communication.
     sums, _ = jax.lax.scan(body, jnp.zeros(B), columns)
     return {"sigmoid": jnp.mean(sums)}
@@ -60,11 +65,6 @@ def siglip(out, rng, *, chunk_size):
 
 def _unit(x):
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
-def _divisor(n, at_most):
-  """The largest divisor of n up to `at_most`."""
-  return next(d for d in range(min(at_most, n), 0, -1) if n % d == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

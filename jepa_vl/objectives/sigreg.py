@@ -50,8 +50,12 @@ def sigreg(rng, z, *, num_slices, knots, t_max, group_size, scale_rows):
     )
   with jax.named_scope("sigreg"):
     A = _directions(rng, D, num_slices)
-    groups = z.reshape(-1, group_size, D)
-    return scale_rows * _statistic(groups, A, knots, float(t_max))
+    # Views stay apart from the rows, which are split over devices: their groups remain whole there.
+    views = z.reshape(-1, B // group_size, group_size, D)
+    statistic = lambda groups: _statistic(groups, A, knots, float(t_max))
+    if len(views) == 1:
+      return scale_rows * statistic(views[0])
+    return scale_rows * jnp.mean(jax.vmap(statistic)(views))
 
 
 def _directions(rng, D, num_slices):
