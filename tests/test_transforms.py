@@ -73,6 +73,14 @@ def test_centre_crop_takes_the_centre(axis):
   assert np.ptp(cropped) == pytest.approx(30, abs=2)
 
 
+def test_centre_crop_rounds_as_torchvision():
+  """The longer side down, the box's corner to the nearest pixel, halves to the even one."""
+  columns = lambda n: np.repeat(np.arange(n, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2)
+  first = lambda n: int(transforms.centre_crop(columns(n), 8, 1.0)[0, 0, 0])
+  assert [first(n) for n in (8, 9, 10, 11, 12, 13, 15)] == [0, 0, 1, 2, 2, 2, 4]
+  assert [first(n) for n in (17, 18, 20, 21, 40)] == [4, 5, 6, 6, 16]  # only the middle resized
+
+
 def test_centre_crop_keeps_the_share_of_the_shorter_side():
   ramp = np.repeat(np.arange(128, dtype=np.uint8)[:, None, None], 128, axis=1).repeat(3, axis=2)
   assert np.ptp(transforms.centre_crop(ramp, 32, 1.0)) == pytest.approx(124, abs=2)

@@ -33,14 +33,18 @@ def resize(image, height, width):
 
 
 def centre_crop(image, size, resize_ratio):
-  """The evaluation crop: shorter side to size * resize_ratio, then the central size x size."""
-  # No more than the crop can show: resizing all of a 1 x 20000 image would take gigabytes.
-  limit = 2 * min(image.shape[:2])
+  """The evaluation crop: shorter side to size * resize_ratio, then the central size x size.
+
+  Rounded as torchvision's Resize and CenterCrop round: a pixel of shift is a change of the images.
+  """
+  short, long = sorted(image.shape[:2])
+  # No more than the crop can show: resizing all of a 1 x 20000 image would take gigabytes. An even
+  # number goes, so that the centre stays where it is.
+  limit = 2 * short + long % 2
   image = _centre(image, limit, limit)
-  h, w = image.shape[:2]
-  scale = round(size * resize_ratio) / min(h, w)
-  image = resize(image, max(round(h * scale), size), max(round(w * scale), size))
-  return _centre(image, size, size)
+  scaled = [max(int(round(size * resize_ratio) * n / short), size) for n in image.shape[:2]]
+  top, left = (round((n - size) / 2) for n in scaled)
+  return resize(image, *scaled)[top : top + size, left : left + size]
 
 
 def _centre(image, height, width):
