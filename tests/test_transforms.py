@@ -2,8 +2,12 @@
 
 import collections
 import colorsys
+import io
+import zlib
 
+import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from records import noise, png
 
@@ -51,6 +55,128 @@ def test_decode_refuses_what_is_no_image(data):
     transforms.decode(data)
 
 
+# --- decoding, file by file
+
+IMAGE = cv2.resize(noise((6, 8)), (64, 48), interpolation=cv2.INTER_CUBIC)  # smooth, for lossy ones
+RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
+LOSSLESS_WEBP = {"format": "WEBP", "lossless": True}
+
+
+def encoded(image, **options):
+  """The bytes that Pillow writes of an image or array; `format` and its options."""
+  image = image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)
+  file = io.BytesIO()
+  image.save(file, **options)
+  return file.getvalue()
+
+
+def as_pillow(image):
+  """What is in the file, by another decoder."""
+  return np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
+
+
+GREY = PIL.Image.fromarray(IMAGE).convert("L")
+PALETTE = PIL.Image.fromarray(IMAGE).quantize(32)
+
+
+@pytest.mark.parametrize(
+  ("image", "options"),
+  [
+    (PALETTE, {"format": "PNG"}),
+    (PALETTE, {"format": "PNG", "transparency": 3}),
+    (GREY, {"format": "PNG"}),
+    (GREY.convert("1"), {"format": "PNG"}),
+    (PIL.Image.merge("LA", (GREY, PIL.Image.fromarray(RAMP))), {"format": "PNG"}),
+    (PIL.Image.fromarray(np.dstack([IMAGE, RAMP])), {"format": "PNG"}),
+    (PIL.Image.fromarray(np.dstack([IMAGE, RAMP])), {**LOSSLESS_WEBP, "exact": True}),
+    (GREY, JPEG),
+    (IMAGE, JPEG),
+    (IMAGE, {**JPEG, "progressive": True}),
+    (PIL.Image.fromarray(IMAGE).convert("CMYK"), JPEG),
+    (IMAGE[:1, :1], {"format": "PNG"}),
+    (IMAGE[:1, :1], JPEG),
+  ],
+)
+def test_decode_gives_the_colours_of_any_kind_of_file(image, options):
+  """Palette, grey, two or four channels (what is beneath transparency), CMYK, one pixel."""
+  found = transforms.decode(encoded(image, **options))
+  expected = as_pillow(image)
+  assert found.dtype == np.uint8 and found.shape == expected.shape
+  tolerance = 12 if options["format"] == "JPEG" else 0
+  assert np.abs(found.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_keeps_the_high_bits_of_sixteen(channels):
+  deep = IMAGE[..., :channels].astype(np.uint16) * 256 + 200
+  found = transforms.decode(cv2.imencode(".png", deep[..., ::-1])[1].tobytes())
+  np.testing.assert_array_equal(found, np.broadcast_to(IMAGE[..., :channels], IMAGE.shape))
+
+
+@pytest.mark.parametrize("options", [{"format": "GIF"}, {"format": "PNG"}, LOSSLESS_WEBP])
+def test_decode_takes_the_first_frame_of_an_animation(options):
+  first, second = PALETTE.convert("RGB"), PIL.Image.fromarray(255 - IMAGE)
+  data = encoded(first, save_all=True, append_images=[second], duration=100, **options)
+  np.testing.assert_array_equal(transforms.decode(data), np.asarray(first))
+
+
+def test_decode_turns_a_jpeg_upright():
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6  # to be turned a quarter clockwise
+  upright = transforms.decode(encoded(IMAGE, exif=exif, **JPEG))
+  np.testing.assert_array_equal(upright, np.rot90(transforms.decode(encoded(IMAGE, **JPEG)), -1))
+
+
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.9, -2])
+@pytest.mark.parametrize(
+  "options",
+  [JPEG, {**JPEG, "progressive": True}, {"format": "PNG"}, {"format": "GIF"}, LOSSLESS_WEBP],
+)
+def test_decode_refuses_a_file_that_was_cut_short(options, left):
+  """Some decoders give such a JPEG half grey, without a word. -2: all but its last marker."""
+  data = encoded(IMAGE, **options)
+  transforms.decode(data)
+  data = data[: left if left < 0 else int(left * len(data))]
+  kind = f"{options['format']} of 64 x 48|unknown format"  # 0.1 may end within the header
+  with pytest.raises(DamagedRecord, match=rf"cannot be decoded \({len(data)} bytes of .*({kind})"):
+    transforms.decode(data)
+
+
+def declares(kind, side):
+  """An image of 64 x 48 whose header says side x side."""
+  data = bytearray(encoded(IMAGE, format=kind))
+  place, order, size = {
+    "PNG": (16, "big", 4),
+    "GIF": (6, "little", 2),
+    "JPEG": (data.find(b"\xff\xc0") + 5, "big", 2),
+    "BMP": (18, "little", 4),
+  }[kind]
+  data[place : place + 2 * size] = 2 * side.to_bytes(size, order)
+  if kind == "PNG":
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+  return bytes(data)
+
+
+@pytest.mark.parametrize("side", [10_001, 12_000, 60_000])
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "JPEG", "BMP"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decode_refuses_a_huge_size_before_any_memory_is_taken(monkeypatch, kind, side):
+  """OpenCV, that would take 3 bytes a pixel, does not see it."""
+  monkeypatch.setattr(cv2, "imdecode", None)
+  with pytest.raises(DamagedRecord, match="image is too large to be decoded"):
+    transforms.decode(declares(kind, side))
+
+
+def test_decode_takes_just_as_many_pixels_as_it_says(monkeypatch):
+  monkeypatch.setattr(transforms, "MAX_PIXELS", 48 * 64)
+  assert transforms.decode(png(IMAGE)).shape == (48, 64, 3)
+  with pytest.raises(DamagedRecord, match="65 x 48 pixels; at most 3072"):
+    transforms.decode(png(noise((48, 65))))
+
+
+# --- crops
+
 SHAPES = [(1, 1), (3, 500), (500, 3), (1, 20_000), (37, 64), (64, 64), (200, 20), (15, 17)]
 
 
@@ -71,6 +197,14 @@ def test_centre_crop_takes_the_centre(axis):
   cropped = transforms.centre_crop(np.swapaxes(image, 0, axis), 16, 1.0).astype(float)
   assert cropped.mean() == pytest.approx(127.5, abs=1)
   assert np.ptp(cropped) == pytest.approx(30, abs=2)
+
+
+def test_centre_crop_rounds_as_torchvision():
+  """The longer side down, the box's corner to the nearest pixel, halves to the even one."""
+  columns = lambda n: np.repeat(np.arange(n, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2)
+  first = lambda n: int(transforms.centre_crop(columns(n), 8, 1.0)[0, 0, 0])
+  assert [first(n) for n in (8, 9, 10, 11, 12, 13, 15)] == [0, 0, 1, 2, 2, 2, 4]
+  assert [first(n) for n in (17, 18, 20, 21, 40)] == [4, 5, 6, 6, 16]  # only the middle resized
 
 
 def test_centre_crop_keeps_the_share_of_the_shorter_side():

@@ -1,9 +1,19 @@
 """Decoding, augmentation and evaluation crops on uint8 RGB images, and the choice of caption."""
 
+import io
+
 import cv2
 import numpy as np
+import PIL.Image
 
 cv2.setNumThreads(0)  # parallelism is the pipeline's: threads here would fight its workers
+
+# What an image may declare, 300 MB as RGB: a file of a few kilobytes can declare any size, and
+# OpenCV takes it at its word up to 2^30 pixels, in every worker. Pillow warns from 89 million on.
+MAX_PIXELS = 100_000_000
+
+# Pillow looks for each format in turn, so the frequent ones come first and the exotic ones never.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
 
 class DamagedRecord(Exception):
@@ -11,14 +21,38 @@ class DamagedRecord(Exception):
 
 
 def decode(data):
-  """Encoded bytes -> (H, W, 3) uint8 RGB; transparency is dropped. Raises DamagedRecord."""
+  """Encoded bytes -> (H, W, 3) uint8 RGB, of an animation the first frame. Raises DamagedRecord.
+
+  The eight high bits of sixteen are kept, transparency is dropped (the colours beneath it show) and
+  a JPEG is turned upright by its EXIF. A file that was cut short is refused, not half grey.
+  """
+  kind = _header(data)
   try:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
   except (cv2.error, TypeError, ValueError) as e:
     raise DamagedRecord(f"image cannot be decoded ({type(e).__name__})") from e
   if image is None:
-    raise DamagedRecord(f"image cannot be decoded ({len(data)} bytes of an unknown format)")
+    raise DamagedRecord(f"image cannot be decoded ({len(data)} bytes of {kind})")
   return image
+
+
+def _header(data):
+  """The format that the first bytes declare, in words. Raises DamagedRecord if it is too large.
+
+  Pillow reads a header without its pixels. What it cannot read is left to OpenCV.
+  """
+  try:
+    image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+  except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as e:
+    raise DamagedRecord(f"image is too large to be decoded ({e})") from e
+  except Exception:  # each format has a family of its own
+    return "an unknown format"
+  width, height = image.size
+  if width * height > MAX_PIXELS:
+    raise DamagedRecord(
+      f"image is too large to be decoded ({width} x {height} pixels; at most {MAX_PIXELS})"
+    )
+  return f"a damaged or truncated {image.format} of {width} x {height}"
 
 
 def resize(image, height, width):
@@ -33,14 +67,18 @@ def resize(image, height, width):
 
 
 def centre_crop(image, size, resize_ratio):
-  """The evaluation crop: shorter side to size * resize_ratio, then the central size x size."""
-  # No more than the crop can show: resizing all of a 1 x 20000 image would take gigabytes.
-  limit = 2 * min(image.shape[:2])
+  """The evaluation crop: shorter side to size * resize_ratio, then the central size x size.
+
+  Rounded as torchvision's Resize and CenterCrop round: a pixel of shift is a change of the images.
+  """
+  short, long = sorted(image.shape[:2])
+  # No more than the crop can show: resizing all of a 1 x 20000 image would take gigabytes. An even
+  # number goes, so that the centre stays where it is.
+  limit = 2 * short + long % 2
   image = _centre(image, limit, limit)
-  h, w = image.shape[:2]
-  scale = round(size * resize_ratio) / min(h, w)
-  image = resize(image, max(round(h * scale), size), max(round(w * scale), size))
-  return _centre(image, size, size)
+  scaled = [max(int(round(size * resize_ratio) * n / short), size) for n in image.shape[:2]]
+  top, left = (round((n - size) / 2) for n in scaled)
+  return resize(image, *scaled)[top : top + size, left : left + size]
 
 
 def _centre(image, height, width):
