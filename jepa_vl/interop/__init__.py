@@ -58,11 +58,7 @@ def read(spec):
     for file in _files(path) if os.path.isdir(path) else [path]:
       if file in parts:
         raise ValueError(f"{file} is given twice")
-      flat = files.read(file)
-      try:
-        parts[file] = _read_flat(flat)
-      except ValueError as e:
-        raise ValueError(f"{file}: {e}") from e
+      parts[file] = files.read_as(file, _read_flat)
   return merge(parts)
 
 

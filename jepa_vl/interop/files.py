@@ -34,6 +34,15 @@ def read(path):
   return flat
 
 
+def read_as(path, convert):
+  """convert(flat weights of a file), what is amiss said with the file's name."""
+  flat = read(path)
+  try:
+    return convert(flat)
+  except ValueError as e:
+    raise ValueError(f"{path}: {e}") from e
+
+
 SAFE_TORCH = (2, 10)  # whose torch.load(weights_only=True) has no known way to run code
 
 

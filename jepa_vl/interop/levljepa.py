@@ -138,14 +138,7 @@ def load(path):
       f"{path} is no LeVLJEPA checkpoint: expected a folder with {' and '.join(FILES.values())} or "
       "with one *_vision_step*.pt and one *_text_step*.pt, or two such files joined by a comma"
     )
-  parts = {}
-  for p in paths:
-    flat = files.read(p)
-    try:
-      parts[p] = read_file(flat)
-    except ValueError as e:
-      raise ValueError(f"{p}: {e}") from e
-  return merge(parts)
+  return merge({p: files.read_as(p, read_file) for p in paths})
 
 
 def save(folder, variables, *, step, config=None, beside=None):
