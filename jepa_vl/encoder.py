@@ -40,7 +40,7 @@ def load(path, *, tokenizer=None, readout=None, statistics=None, batch_size=64):
     FileNotFoundError: no such path.
     ValueError: it is damaged, holds no whole model, or its parts do not fit each other.
   """
-  path = checkpoint.find(path) or path  # once: a run may go on and save a newer one
+  path = checkpoint.find(path) or os.fspath(path)  # once: a run may save a newer one meanwhile
   loaded = interop.read(path)
   missing = [name for name in levljepa.NEEDED if name not in loaded["params"]]
   if missing:

@@ -227,6 +227,7 @@ def test_another_tokenizer_in_the_folder_is_noticed(exported, tmp_path, tok):
 def test_the_two_files_of_an_export_keep_its_description(exported):
   paths = [os.path.join(exported, f"{name}_encoder.safetensors") for name in ("vision", "text")]
   model = encoder.load(",".join(paths))
+  assert encoder.load(pathlib.Path(exported)).description == model.description
   assert model.config.text.length == 12 and model.tokenizer
 
 
