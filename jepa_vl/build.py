@@ -128,7 +128,7 @@ def build(config, *, training=True):
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
   data = config.data
-  source = sources.open_source(data.source, data.path, data.split) if training else None
+  source = sources.from_config(data) if training else None
   tokenizer = tokenizer_lib.load(config.text.tokenizer)
   model = two_tower.from_config(
     config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model),
@@ -219,6 +219,7 @@ def make_encode(run):
     resize_ratio=config.data.eval_resize,
     batch_size=rows,
     readings=tuple(common.READINGS) if config.model.predictor_depth else ("embed",),
+    keys=sources.keys_of(config.data),
   )
 
 

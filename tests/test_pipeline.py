@@ -82,7 +82,7 @@ def test_batch_must_divide_over_the_processes(source, tok, cfg):
 
 def test_unknown_augmentation_is_refused(source, tok, cfg):
   cfg.augment = "strong"
-  with pytest.raises(ValueError, match="data.augment must be one of standard, resize, got"):
+  with pytest.raises(ValueError, match="data.augment must be one of standard, resize, dino, got"):
     take(source, tok, cfg, 1)
 
 

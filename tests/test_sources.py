@@ -45,7 +45,7 @@ def test_identity_tells_data_sets_apart(tmp_path):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("tfds", "data.source must be one of emoji, array_record, got 'tfds'"),
+    ("tar", "data.source must be one of emoji, array_record, .*, got 'tar'"),
     ("array_record", "data.path is empty"),
   ],
 )

@@ -70,14 +70,18 @@ def read_from(source, index):
   Raises:
     ValueError: a long run of unreadable records.
   """
-  for i in range(index, index + min(len(source), _GIVE_UP)):
+  count, i = len(source), index
+  for _ in range(_GIVE_UP):
     try:
-      record = source[i % len(source)]
-      return record, transforms.decode(record["image"]), i % len(source)
+      record = source[i % count]
+      return record, transforms.decode(record["image"]), i % count
     except DamagedRecord as e:
       reason = e
+      i += max(e.resume - i % count, 1)
+    if i >= index + count:
+      break
   raise ValueError(
-    f"{min(len(source), _GIVE_UP)} records in a row from {index} cannot be used (last: {reason}); "
+    f"{min(count, i - index)} records in a row from {index} cannot be used (last: {reason}); "
     "check that data.path names image-caption records"
   )
 

@@ -7,7 +7,14 @@ cv2.setNumThreads(0)  # parallelism is the pipeline's: threads here would fight 
 
 
 class DamagedRecord(Exception):
-  """One record that cannot be used; the message says which and why."""
+  """One record that cannot be used; the message says which and why.
+
+  resume: where a whole file is damaged, the first index after it.
+  """
+
+  def __init__(self, message, resume=0):
+    super().__init__(message)
+    self.resume = resume
 
 
 def decode(data):
