@@ -83,7 +83,7 @@ def get_config():
   c.optim.clip = 1.0  # global norm; 0: off
 
   c.data = ConfigDict()
-  c.data.source = "array_record"  # array_record, webdataset, emoji (embedded)
+  c.data.source = "array_record"  # a name of jepa_vl.data.sources.SOURCES
   c.data.path = ""  # pattern of the training files: *, {00000..00099}, {a,b}, or their folder
   c.data.image_key = ""  # extension, column or field of the image; "": the usual names in order
   c.data.caption_key = ""  # of the caption; also a field within a json member

@@ -109,6 +109,25 @@ def filesystem(path):
     ) from e
 
 
+def image_bytes(value, folder):
+  """The image's bytes of a table's cell: bytes, a path, or a dict of both (Hugging Face's)."""
+  if isinstance(value, dict):
+    value = value.get("bytes") or value.get("path")
+  if not isinstance(value, str) or not value:
+    return value
+  return read_file(value if "://" in value else os.path.join(os.path.expanduser(folder), value))
+
+
+# As WebDataset's own: the key is the folder and the name up to its first dot, the rest is the kind.
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+
+
+def split_name(name):
+  """"a.b/c.seg.png" -> ("a.b/c", "seg.png"); None without a key or an extension."""
+  match = _NAME.fullmatch(name)
+  return match.groups() if match else None
+
+
 def read_file(path):
   """The bytes of an image file, or of one in a bucket. Raises DamagedRecord."""
   if path.startswith(("http://", "https://")):
@@ -129,16 +148,19 @@ def _reason(error):
   return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def pick(there, key, names):
-  """The field that `key` names or, where it is empty, the first of `names`; None if not there."""
-  return next((name for name in ((key,) if key else names) if name in there), None)
+def pick(what, there, key, names):
+  """The field that `key` names or, where it is empty, the first of `names` that is there.
 
-
-def not_there(what, key, names, there):
-  """The sentence for a field that `pick` did not find; `what` is image or caption."""
+  what: "image" or "caption". Raises DamagedRecord that lists what is there.
+  """
+  for name in (key,) if key else names:
+    if name in there:
+      return name
   tried = repr(key) if key else "any of " + ", ".join(names)
   have = ", ".join(list(there)[:20]) or "nothing"
-  return f"no {what}: looked for {tried}, found {have}; data.{what}_key names another"
+  raise DamagedRecord(
+    f"no {what}: looked for {tried}, found {have}; data.{what}_key names another"
+  )
 
 
 def check_caption(value):
@@ -168,7 +190,7 @@ def make_record(image, caption, fields):
   That is whole numbers and texts (labels, concepts) and `tags`, if they are a list of texts.
   """
   if not isinstance(image, bytes) or not image:
-    raise DamagedRecord("the image is empty" if image in (b"", None) else "the image is no bytes")
+    raise DamagedRecord("the image is no bytes" if image else "the image is empty")
   record = {k: v for k, v in fields.items() if isinstance(v, (int, str))}
   tags = fields.get("tags")
   record.pop("tags", None)
@@ -185,12 +207,8 @@ def member_record(names, read, keys):
   """
   fields = parse_json(read("json")) if "json" in names else {}
   there = dict.fromkeys([n for n in names if n != "json"]) | fields
-  image = pick(names, keys.image_key, IMAGE_NAMES)
-  if image is None:
-    raise DamagedRecord(not_there("image", keys.image_key, IMAGE_NAMES, names))
-  caption = pick(there, keys.caption_key, CAPTION_NAMES)
-  if caption is None:
-    raise DamagedRecord(not_there("caption", keys.caption_key, CAPTION_NAMES, there))
+  image = pick("image", names, keys.image_key, IMAGE_NAMES)
+  caption = pick("caption", there, keys.caption_key, CAPTION_NAMES)
   if "cls" in names:
     fields["cls"] = parse_number(read("cls").decode("utf-8", "replace"))
   text = read(caption) if caption in names else fields[caption]

@@ -6,6 +6,8 @@ A record is a dict with `image` (encoded bytes), `caption` (str) and, where a da
 
 from jepa_vl.data import common, embedded
 from jepa_vl.data.array_record import ArrayRecord
+from jepa_vl.data.parquet import Parquet
+from jepa_vl.data.tables import Folder, Table
 from jepa_vl.data.transforms import DamagedRecord
 from jepa_vl.data.webdataset import WebDataset
 
@@ -16,12 +18,18 @@ SOURCES = {
   "emoji": lambda path, split, keys: ArrayRecord(embedded.split_path(split)),
   "array_record": lambda path, split, keys: ArrayRecord(path),
   "webdataset": lambda path, split, keys: WebDataset(path, keys),
+  "parquet": lambda path, split, keys: Parquet(path, keys),
+  "table": lambda path, split, keys: Table(path, keys),
+  "folder": lambda path, split, keys: Folder(path, keys),
 }
 
 # What a `path` of each looks like, for the message about an empty one.
 _EXAMPLES = {
   "array_record": "/data/pairs/train-*.array_record",
   "webdataset": "/data/pairs/{00000..00099}.tar",
+  "parquet": "/data/pairs/train-*.parquet",
+  "table": "/data/pairs/train.tsv",
+  "folder": "/data/pairs",
 }
 
 

@@ -16,7 +16,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import struct
 import tarfile
 
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _OPEN_FILES = 64  # tars held open by one process
-# As WebDataset's own: the key is the folder and the name up to its first dot, the rest is the kind.
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
 class WebDataset:
@@ -261,9 +258,9 @@ def _walk(path):
             end = member.offset
             break
           end = tar.offset
-          match = _NAME.fullmatch(member.name)
-          if match and member.isreg() and not member.issparse():
-            found.append((match[1], match[2].lower(), member.offset_data, member.size))
+          name = common.split_name(member.name)
+          if name and member.isreg() and not member.issparse():
+            found.append((name[0], name[1].lower(), member.offset_data, member.size))
     except (tarfile.TarError, EOFError, ValueError):  # damaged from here on
       pass
     return found, _after(file, end, size)
