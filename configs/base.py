@@ -85,6 +85,7 @@ def get_config():
   c.data = ConfigDict()
   c.data.source = "array_record"  # a name of jepa_vl.data.sources.SOURCES
   c.data.path = ""  # pattern of the training files: *, {00000..00099}, {a,b}, or their folder
+  c.data.mix = ()  # in place of both: ((source, path, weight), ...), drawn in that proportion
   c.data.image_key = ""  # extension, column or field of the image; "": the usual names in order
   c.data.caption_key = ""  # of the caption; also a field within a json member
   c.data.image_root = ""  # folder of the images that a table names; "": the table's own

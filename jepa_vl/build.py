@@ -281,8 +281,8 @@ def describe(run, start):
   )  # fmt: skip
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",
-    config.data.source, run.source.identity, config.batch_size, start, config.steps,
-    (config.steps - start) * config.batch_size / len(run.source),
+    "mix" if config.data.mix else config.data.source, run.source.identity, config.batch_size,
+    start, config.steps, (config.steps - start) * config.batch_size / len(run.source),
   )  # fmt: skip
   for name in sharding.undivided(run.abstract_state.params, run.mesh):
     log.warning("replicated, because it does not divide: %s", name)

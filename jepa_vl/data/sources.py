@@ -4,6 +4,8 @@ A record is a dict with `image` (encoded bytes), `caption` (str) and, where a da
 `tags` (list of str) and labels for evaluation.
 """
 
+import numpy as np
+
 from jepa_vl.data import common, embedded
 from jepa_vl.data.array_record import ArrayRecord
 from jepa_vl.data.parquet import Parquet
@@ -11,7 +13,7 @@ from jepa_vl.data.tables import Folder, Table
 from jepa_vl.data.transforms import DamagedRecord
 from jepa_vl.data.webdataset import WebDataset
 
-__all__ = ["SOURCES", "ArrayRecord", "DamagedRecord", "from_config", "keys_of", "open_source"]
+__all__ = ["SOURCES", "ArrayRecord", "DamagedRecord", "Mixture", "from_config", "open_source"]
 
 # name: function (path, split, keys) -> source
 SOURCES = {
@@ -64,5 +66,48 @@ def keys_of(cfg):
 
 
 def from_config(cfg):
-  """The training source of the config's `data` sub-tree."""
-  return open_source(cfg.source, cfg.path, cfg.split, keys_of(cfg))
+  """The training source of the config's `data` sub-tree: its `source`, or the several of `mix`."""
+  if not cfg.mix:
+    return open_source(cfg.source, cfg.path, cfg.split, keys_of(cfg))
+  if cfg.path:
+    raise ValueError("data.mix and data.path are both given; the mix names its own paths")
+  for part in cfg.mix:
+    if len(part) != 3 or not isinstance(part[2], (int, float)) or not 0 < part[2] < np.inf:
+      raise ValueError(
+        "data.mix must be a tuple of (source, path, weight) with weights above 0, for example "
+        f"(('webdataset', '/a/*.tar', 0.7), ('parquet', '/b', 0.3)); got {part!r}"
+      )
+  opened = [open_source(name, path, cfg.split, keys_of(cfg)) for name, path, _ in cfg.mix]
+  return Mixture(opened, [float(weight) for _, _, weight in cfg.mix])
+
+
+class Mixture:
+  """Several sources end to end, and how often each is drawn.
+
+  parts: (number of records, weight) of each, from which the pipeline makes the order: every source
+  has its own epochs, and of any stretch of the stream each fills its share.
+  """
+
+  def __init__(self, sources, weights):
+    self._sources = sources
+    self._ends = np.cumsum([len(s) for s in sources])
+    self.parts = tuple(zip(map(len, sources), weights, strict=True))
+
+  def __len__(self):
+    return int(self._ends[-1])
+
+  def __getitem__(self, index):
+    """The record at `index`. Raises DamagedRecord."""
+    number = int(np.searchsorted(self._ends, index, side="right"))
+    source = self._sources[number]
+    start = int(self._ends[number]) - len(source)
+    try:
+      return source[index - start]
+    except DamagedRecord as e:
+      raise DamagedRecord(f"data.mix[{number}]: {e}", resume=e.resume and start + e.resume) from e
+
+  @property
+  def identity(self):
+    """Changes with the sources' and with the weights: they decide what comes at which step."""
+    parts = zip(self.parts, self._sources, strict=True)
+    return "; ".join(f"{weight:g} of {source.identity}" for (_, weight), source in parts)
