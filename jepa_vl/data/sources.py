@@ -9,6 +9,7 @@ import numpy as np
 from jepa_vl.data import common, embedded
 from jepa_vl.data.array_record import ArrayRecord
 from jepa_vl.data.parquet import Parquet
+from jepa_vl.data.prepared import open_hugging_face, open_tfds
 from jepa_vl.data.tables import Folder, Table
 from jepa_vl.data.transforms import DamagedRecord
 from jepa_vl.data.webdataset import WebDataset
@@ -23,6 +24,8 @@ SOURCES = {
   "parquet": lambda path, split, keys: Parquet(path, keys),
   "table": lambda path, split, keys: Table(path, keys),
   "folder": lambda path, split, keys: Folder(path, keys),
+  "tfds": open_tfds,
+  "hugging_face": open_hugging_face,
 }
 
 # What a `path` of each looks like, for the message about an empty one.
@@ -32,6 +35,8 @@ _EXAMPLES = {
   "parquet": "/data/pairs/train-*.parquet",
   "table": "/data/pairs/train.tsv",
   "folder": "/data/pairs",
+  "tfds": "name:1.0.0",
+  "hugging_face": "/data/saved_to_disk",
 }
 
 
