@@ -126,6 +126,15 @@ def read_from(source, index):
   )
 
 
+def why_bad(source, index):
+  """The reason why the record at `index` cannot be used, for the log."""
+  try:
+    transforms.decode(source[index]["image"])
+    return "it can be read now"
+  except DamagedRecord as e:
+    return str(e)
+
+
 def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, processes=1):
   """Iterator over this process's rows of the global batches start_step, start_step + 1, ...
 

@@ -171,8 +171,8 @@ def _stamp(stat):
 
 def _header_line(file):
   # readline() of an unbuffered file reads byte by byte
-  start = file.read(1 << 16)
-  while b"\n" not in start and (more := file.read(1 << 16)):
+  start = file.read(1 << 12)
+  while b"\n" not in start and (more := file.read(1 << 12)):
     start += more
   line = start.partition(b"\n")[0] + b"\n"
   file.seek(len(line))
