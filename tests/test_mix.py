@@ -1,6 +1,7 @@
 """A mixture keeps each source's epochs and the weights; batches are a function of the step."""
 
 import os
+import pickle
 import sys
 
 import numpy as np
@@ -77,6 +78,11 @@ def test_damage_in_a_part_is_stepped_over_and_named(mix, tmp_path):
   with pytest.raises(DamagedRecord, match=r"data.mix\[0\]: .*a-1.tar") as e:
     source[5]
   assert e.value.resume == 10 and pipeline.read_from(source, 5)[2] == 10
+  os.remove(tmp_path / "c.tar")
+  source = pickle.loads(pickle.dumps(source))  # which has no tar open
+  with pytest.raises(DamagedRecord, match=r"data.mix\[2\]: .*c.tar") as e:
+    source[20]
+  assert e.value.resume == 47 and pipeline.read_from(source, 20)[2] == 0
 
 
 def test_identity_covers_the_parts_and_their_weights(mix):

@@ -97,7 +97,9 @@ def test_keys_name_members_and_fields_of_the_json(tmp_path):
   with pytest.raises(ValueError, match="looked for 'txt', found png, .*, alt.*data.caption_key"):
     sources.open_source("webdataset", path, "", common.Keys(caption_key="txt"))
   # A member goes before a field.
-  path = write_tar(tmp_path / "x.tar", [*sample, ("1.txt", b"of the txt")])
+  fields = json.dumps({**fields, "txt": "a field"}).encode()
+  members = [*sample[:2], ("1.json", fields), ("1.txt", b"of the txt")]
+  path = write_tar(tmp_path / "x.tar", members)
   assert open_tars(path)[0]["caption"] == "of the txt"
 
 
