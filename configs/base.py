@@ -83,9 +83,14 @@ def get_config():
   c.optim.clip = 1.0  # global norm; 0: off
 
   c.data = ConfigDict()
-  c.data.source = "array_record"  # array_record, emoji (embedded)
-  c.data.path = ""  # pattern of the training files
-  c.data.split = "train"  # of embedded sources, and what "{split}" in a path stands for
+  c.data.source = "array_record"  # a name of jepa_vl.data.sources.SOURCES
+  c.data.path = ""  # pattern of the training files: *, {00000..00099}, {a,b}, or their folder
+  c.data.mix = ()  # in place of both: ((source, path, weight), ...), drawn in that proportion
+  c.data.image_key = ""  # extension, column or field of the image; "": the usual names in order
+  c.data.caption_key = ""  # of the caption; also a field within a json member
+  c.data.image_root = ""  # folder of the images that a table names; "": the table's own
+  c.data.index_dir = ""  # folder for the indexes of tars; "": beside each tar, else ~/.cache
+  c.data.split = "train"  # of sources that have several, and what "{split}" in a path stands for
   c.data.workers = 0  # processes; 0: a thread of the training process
   c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
   c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)

@@ -129,7 +129,7 @@ def build(config, *, training=True):
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
   data = config.data
-  source = sources.open_source(data.source, data.path, data.split) if training else None
+  source = sources.from_config(data) if training else None
   tokenizer = tokenizer_lib.load(config.text.tokenizer)
   model = two_tower.from_config(
     config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model),
@@ -229,6 +229,7 @@ def make_encode(run):
     resize_ratio=config.data.eval_resize,
     batch_size=rows,
     readings=tuple(common.READINGS) if config.model.predictor_depth else ("embed",),
+    keys=sources.keys_of(config.data),
   )
 
 
@@ -290,8 +291,8 @@ def describe(run, start):
   )  # fmt: skip
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",
-    config.data.source, run.source.identity, config.batch_size, start, config.steps,
-    (config.steps - start) * config.batch_size / len(run.source),
+    "mix" if config.data.mix else config.data.source, run.source.identity, config.batch_size,
+    start, config.steps, (config.steps - start) * config.batch_size / len(run.source),
   )  # fmt: skip
   for name in sharding.undivided(run.abstract_state.params, run.mesh):
     log.warning("replicated, because it does not divide: %s", name)

@@ -106,7 +106,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   )  # fmt: skip
   if config.data.workers and start < config.steps:
     data = _start_workers(data)
-  counters = DataCounters(config.data.max_bad_fraction)
+  counters = DataCounters(run.source, config.data.max_bad_fraction)
   flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
   meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start)
@@ -247,7 +247,8 @@ def _when_ready(value):
 class DataCounters:
   """Counts what the pipeline replaced or cut, and ends the run when it is too much."""
 
-  def __init__(self, max_bad_fraction):
+  def __init__(self, source, max_bad_fraction):
+    self._source = source
     self._max, self._rows, self._bad, self._truncated = max_bad_fraction, 0, 0, 0
     self._seen = set()
 
@@ -258,7 +259,10 @@ class DataCounters:
     self._bad += len(bad)
     self._truncated += int(batch["truncated"].sum())
     for index in sorted(set(bad.tolist()) - self._seen)[:10]:
-      log.warning("data: record %d cannot be used; the next readable one stands in", index)
+      log.warning(
+        "data: record %d cannot be used; the next readable one stands in (%s)",
+        index, pipeline.why_bad(self._source, index),
+      )  # fmt: skip
     self._seen.update(bad.tolist())
     if self._bad > max(self._max * self._rows, 10):
       raise ValueError(

@@ -1,5 +1,8 @@
 """Made-up images and records, and writing them as files."""
 
+import io
+import tarfile
+
 import cv2
 import msgpack
 import numpy as np
@@ -26,3 +29,19 @@ def write(path, records):
     writer.write(r if isinstance(r, bytes) else msgpack.packb(r))
   writer.close()
   return str(path)
+
+
+def write_tar(path, members):
+  """(name, bytes) pairs as a tar, in this order."""
+  with tarfile.open(path, "w") as tar:
+    for name, data in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  return str(path)
+
+
+def pair(i, key=None):
+  """The two members of a good sample."""
+  key = f"{i:06d}" if key is None else key
+  return [(f"{key}.png", png(noise((20, 24), i))), (f"{key}.txt", f"number {i}".encode())]

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from records import record, write
 
 from jepa_vl import evals, sharding
+from jepa_vl.data import common as data_common
 from jepa_vl.data import embedded, tokenizer, transforms
 from jepa_vl.evals import common, probes, rank, retrieval
 
@@ -146,7 +147,7 @@ def make_encode(mesh, apply=look, batch_size=64, readings=tuple(common.READINGS)
   )
   return common.Encode(
     apply=jax.jit(apply), tokenize=tokenize, mesh=mesh, image_size=16, resize_ratio=1.0,
-    batch_size=batch_size, readings=readings,
+    batch_size=batch_size, readings=readings, keys=data_common.USUAL,
   )  # fmt: skip
 
 

@@ -202,6 +202,7 @@ def test_own_data_with_damaged_records(tmp_path):
   status, output = run(f"--workdir={tmp_path / 'a'}", *flags, "--config.steps=3", allow)
   assert status == 0, output
   assert "record 7 cannot be used" in output and "record 21 cannot be used" in output
+  assert "8 bytes of an unknown format" in output  # the reason
   logged = metrics.read_jsonl(tmp_path / "a" / "metrics.jsonl")
   assert len(logged) == 3 and all(r["examples_per_s"] > 0 for r in logged)
   assert (tmp_path / "a" / "report.html").exists()  # without evaluations too

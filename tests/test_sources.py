@@ -45,10 +45,34 @@ def test_identity_tells_data_sets_apart(tmp_path):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("tfds", "data.source must be one of emoji, array_record, got 'tfds'"),
+    ("tar", "data.source must be one of emoji, array_record, .*, got 'tar'"),
     ("array_record", "data.path is empty"),
   ],
 )
 def test_open_source_says_what_is_missing(name, message):
   with pytest.raises(ValueError, match=message):
+    sources.open_source(name, "", "train")
+
+
+def test_an_empty_caption_is_a_damaged_record(tmp_path):
+  source = sources.ArrayRecord(write(tmp_path / "x", [record(0), record(1, caption=" \n")]))
+  with pytest.raises(sources.DamagedRecord, match="record 1: the caption is empty"):
+    source[1]
+
+
+def test_data_without_a_usable_record_is_refused_at_the_start(tmp_path):
+  path = write(tmp_path / "x", [record(i, caption="") for i in range(40)])
+  with pytest.raises(ValueError, match="x': none of the records looked at.*caption is empty"):
+    sources.open_source("array_record", path, "")
+
+
+@pytest.mark.parametrize("name", ["array_record", "webdataset", "table"])
+def test_a_bucket_that_cannot_be_read_is_refused_in_words(name):
+  with pytest.raises(ValueError, match="s3://bucket/x.*mount the bucket .* or copy"):
+    sources.open_source(name, "s3://bucket/x*", "")
+
+
+@pytest.mark.parametrize("name", sorted(set(sources.SOURCES) - {"emoji"}))
+def test_every_source_needs_a_path_and_shows_one(name):
+  with pytest.raises(ValueError, match=f"data.source='{name}' needs one.*--config.data.path='"):
     sources.open_source(name, "", "train")

@@ -108,7 +108,7 @@ def test_the_device_is_not_idle_while_a_step_runs(config):
 
   done, steps = threading.Event(), train.StepLog(config, None, None, None, 0)
   assert steps.idle_since() == 0.0
-  steps.push(1, {"loss": Running()}, train.DataCounters(0.01), 0.0)
+  steps.push(1, {"loss": Running()}, train.DataCounters(None, 0.01), 0.0)
   assert steps.idle_since() == math.inf
   done.set()
   while steps.idle_since() == math.inf:

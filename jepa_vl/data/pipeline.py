@@ -1,10 +1,13 @@
 """Batches in an exact order: batch k is a function of (seed, k), whoever computes it.
 
 Position p of the endless stream belongs to epoch p // n and, through that epoch's permutation, to
-one example; batch k holds positions k B .. k B + B - 1. Augmentation and caption are keyed by
+one example; batch k holds positions k B .. k B + B - 1. Of a mixture, p first belongs to one of its
+sources, as that one's p'-th, with its own epochs. Augmentation and caption are keyed by
 (seed, epoch, example). Neither processes, workers nor a restart enter, so the data position of a
 run is its step number.
 """
+
+import functools
 
 import grain
 import numpy as np
@@ -18,6 +21,44 @@ MODEL_KEYS = ("image", "global", "local", "text", "mask")
 
 # So many unreadable records in a row mean that the data set is broken, not one record of it.
 _GIVE_UP = 1000
+
+
+class Order:
+  """order[p] -> (epoch, example) for every position of the endless stream.
+
+  A source with `parts`, (records, weight) of each, is drawn from them in that proportion.
+  """
+
+  def __init__(self, source, seed):
+    parts = getattr(source, "parts", ((len(source), 1.0),))
+    self._counts = [count for count, _ in parts]
+    self._starts = np.cumsum([0, *self._counts]).tolist()
+    seeds = [seed] + [_derived(seed, number) for number in range(1, len(parts))]
+    self._orders = [
+      grain.MapDataset.range(count).seed(s).shuffle().repeat(None)
+      for count, s in zip(self._counts, seeds, strict=True)
+    ]
+    # position -> (part, how many of that part came before)
+    turns = [
+      grain.MapDataset.range(_ENDLESS).map(functools.partial(_pair, number))
+      for number in range(len(parts))
+    ]
+    self._turns = grain.MapDataset.mix(turns, [w for _, w in parts]) if len(parts) > 1 else turns[0]
+
+  def __getitem__(self, position):
+    part, drawn = self._turns[position]
+    return drawn // self._counts[part], self._starts[part] + int(self._orders[part][drawn])
+
+
+_ENDLESS = np.iinfo(np.int64).max // 2
+
+
+def _pair(a, b):
+  return a, int(b)
+
+
+def _derived(seed, number):
+  return int(np.random.default_rng((seed, number)).integers(2**32))
 
 
 class Rows:
@@ -36,16 +77,15 @@ class Rows:
     self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
     self._batch_size, self._seed, self._start = batch_size, seed, start_step
     self._process, self._local = process, batch_size // processes
-    self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    self._order = Order(source, seed)
 
   def __len__(self):
-    return np.iinfo(np.int64).max // 2
+    return _ENDLESS
 
   def __getitem__(self, q):
     step, row = divmod(q, self._local)
     position = (self._start + step) * self._batch_size + self._process * self._local + row
-    epoch = position // len(self._source)
-    example = int(self._order[position])
+    epoch, example = self._order[position]
     record, image, index = read_from(self._source, example)
     rng = np.random.default_rng((self._seed, epoch, index))
     cfg = self._cfg
@@ -70,16 +110,29 @@ def read_from(source, index):
   Raises:
     ValueError: a long run of unreadable records.
   """
-  for i in range(index, index + min(len(source), _GIVE_UP)):
+  count, i = len(source), index
+  for _ in range(_GIVE_UP):
     try:
-      record = source[i % len(source)]
-      return record, transforms.decode(record["image"]), i % len(source)
+      record = source[i % count]
+      return record, transforms.decode(record["image"]), i % count
     except DamagedRecord as e:
       reason = e
+      i += max(e.resume - i % count, 1)
+    if i >= index + count:
+      break
   raise ValueError(
-    f"{min(len(source), _GIVE_UP)} records in a row from {index} cannot be used (last: {reason}); "
+    f"{min(count, i - index)} records in a row from {index} cannot be used (last: {reason}); "
     "check that data.path names image-caption records"
   )
+
+
+def why_bad(source, index):
+  """The reason why the record at `index` cannot be used, for the log."""
+  try:
+    transforms.decode(source[index]["image"])
+    return "it can be read now"
+  except DamagedRecord as e:
+    return str(e)
 
 
 def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, processes=1):

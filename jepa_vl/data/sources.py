@@ -4,115 +4,115 @@ A record is a dict with `image` (encoded bytes), `caption` (str) and, where a da
 `tags` (list of str) and labels for evaluation.
 """
 
-import functools
-import glob
-import hashlib
-import os
+import numpy as np
 
-import msgpack
-
-from jepa_vl.data import embedded
+from jepa_vl.data import common, embedded
+from jepa_vl.data.array_record import ArrayRecord
+from jepa_vl.data.parquet import Parquet
+from jepa_vl.data.prepared import open_hugging_face, open_tfds
+from jepa_vl.data.tables import Folder, Table
 from jepa_vl.data.transforms import DamagedRecord
+from jepa_vl.data.webdataset import WebDataset
+
+__all__ = ["SOURCES", "ArrayRecord", "DamagedRecord", "Mixture", "from_config", "open_source"]
+
+# name: function (path, split, keys) -> source
+SOURCES = {
+  "emoji": lambda path, split, keys: ArrayRecord(embedded.split_path(split)),
+  "array_record": lambda path, split, keys: ArrayRecord(path),
+  "webdataset": lambda path, split, keys: WebDataset(path, keys),
+  "parquet": lambda path, split, keys: Parquet(path, keys),
+  "table": lambda path, split, keys: Table(path, keys),
+  "folder": lambda path, split, keys: Folder(path, keys),
+  "tfds": open_tfds,
+  "hugging_face": open_hugging_face,
+}
+
+# What a `path` of each looks like, for the message about an empty one.
+_EXAMPLES = {
+  "array_record": "/data/pairs/train-*.array_record",
+  "webdataset": "/data/pairs/{00000..00099}.tar",
+  "parquet": "/data/pairs/train-*.parquet",
+  "table": "/data/pairs/train.tsv",
+  "folder": "/data/pairs",
+  "tfds": "name:1.0.0",
+  "hugging_face": "/data/saved_to_disk",
+}
 
 
-class ArrayRecord:
-  """Records of one or several ArrayRecord files, in the files' order.
-
-  Raises:
-    FileNotFoundError: nothing matches the pattern.
-    ValueError: a file is empty or truncated, named.
-  """
-
-  def __init__(self, pattern):
-    self.paths = sorted(glob.glob(pattern))
-    if not self.paths:
-      raise FileNotFoundError(
-        f"path {pattern!r} matches no file; expected one or more ArrayRecord files, for example "
-        "--config.data.path='/data/pairs/train-*.array_record'"
-      )
-    self._reader = _open(self.paths)
-
-  def __len__(self):
-    return len(self._reader)
-
-  def __getitem__(self, index):
-    """The record at `index`. Raises DamagedRecord."""
-    try:
-      record = msgpack.unpackb(self._reader[index])
-    except Exception as e:  # the reader and msgpack each have a family of their own
-      raise DamagedRecord(f"record {index}: cannot be read ({type(e).__name__}: {e})") from e
-    if not isinstance(record, dict) or not {"image", "caption"} <= set(record):
-      raise DamagedRecord(f"record {index}: no msgpack dict with 'image' and 'caption'")
-    tags = record.get("tags") or []
-    if not isinstance(tags, list) or any(type(t) is not str for t in [record["caption"], *tags]):
-      raise DamagedRecord(f"record {index}: 'caption' must be a string, 'tags' a list of strings")
-    return record
-
-  @functools.cached_property
-  def identity(self):
-    """Changes with the files' names and sizes, the number of records and a sample of them."""
-    parts = [f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths]
-    n = len(self)
-    for index in sorted({i * (n - 1) // 7 for i in range(8)}):  # sizes are of whole 64 KiB blocks
-      try:
-        parts.append(repr(self[index]))
-      except DamagedRecord as e:
-        parts.append(str(e))
-    return f"{n} records, {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-
-
-def _open(paths):
-  from array_record.python import array_record_data_source  # late: workers import this module
-
-  open_ = array_record_data_source.ArrayRecordDataSource
-  try:
-    reader = open_(paths)
-    if len(reader):
-      return reader
-  except Exception:  # which file it was is only found by opening them one by one
-    pass
-  for path in paths:
-    try:
-      if not os.path.getsize(path):
-        raise ValueError("it is empty")
-      if not len(open_([path])):
-        raise ValueError("it holds no record")
-    except Exception as e:
-      reason = str(e).partition("\n")[0]
-      raise ValueError(
-        f"{path} is not a whole ArrayRecord file ({reason}); it may have been cut "
-        "short in copying: copy or prepare it again, or leave it out of data.path"
-      ) from e
-  return open_(paths)
-
-
-def _emoji(path, split):
-  return ArrayRecord(embedded.split_path(split))
-
-
-def _array_record(path, split):
-  if not path:
-    raise ValueError(
-      "data.path is empty, and data.source='array_record' needs one. Give the pattern of your "
-      "training records, --config.data.path='/data/pairs/train-*.array_record', and a tokenizer, "
-      "--config.text.tokenizer=captions.model (README, 'Your own data', shows how to make both); "
-      "or try the program on the embedded dataset: --config=configs/tiny.py"
-    )
-  return ArrayRecord(os.path.expanduser(path).replace("{split}", split))
-
-
-# name: function (path, split) -> source
-SOURCES = {"emoji": _emoji, "array_record": _array_record}
-
-
-def open_source(name, path, split):
+def open_source(name, path, split, keys=common.USUAL):
   """The source `name` of SOURCES.
 
   `split` picks one of an embedded source's; in a `path` it takes the place of "{split}".
 
   Raises:
-    ValueError: unknown name, or a path that is needed and empty.
+    ValueError: unknown name, a path that is needed and empty, or data without a readable record.
   """
   if name not in SOURCES:
     raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {name!r}")
-  return SOURCES[name](path, split)
+  if name in _EXAMPLES and not path:
+    raise ValueError(
+      f"data.path is empty, and data.source={name!r} needs one. Give the pattern of your "
+      f"training records, --config.data.path='{_EXAMPLES[name]}', and a tokenizer, "
+      "--config.text.tokenizer=captions.model (README, 'Your own data', shows how to make both); "
+      "or try the program on the embedded dataset: --config=configs/tiny.py"
+    )
+  source = SOURCES[name](path.replace("{split}", split), split, keys)
+  try:
+    common.probe(source)
+  except ValueError as e:
+    raise ValueError(f"data.source={name!r}, path {path!r}: {e}") from e
+  return source
+
+
+def keys_of(cfg):
+  """How the config's `data` sub-tree wants records to be read."""
+  return common.Keys(cfg.image_key, cfg.caption_key, cfg.image_root, cfg.index_dir)
+
+
+def from_config(cfg):
+  """The training source of the config's `data` sub-tree: its `source`, or the several of `mix`."""
+  if not cfg.mix:
+    return open_source(cfg.source, cfg.path, cfg.split, keys_of(cfg))
+  if cfg.path:
+    raise ValueError("data.mix and data.path are both given; the mix names its own paths")
+  for part in cfg.mix:
+    if len(part) != 3 or not isinstance(part[2], (int, float)) or not 0 < part[2] < np.inf:
+      raise ValueError(
+        "data.mix must be a tuple of (source, path, weight) with weights above 0, for example "
+        f"(('webdataset', '/a/*.tar', 0.7), ('parquet', '/b', 0.3)); got {part!r}"
+      )
+  opened = [open_source(name, path, cfg.split, keys_of(cfg)) for name, path, _ in cfg.mix]
+  return Mixture(opened, [float(weight) for _, _, weight in cfg.mix])
+
+
+class Mixture:
+  """Several sources end to end, and how often each is drawn.
+
+  parts: (number of records, weight) of each, from which the pipeline makes the order: every source
+  has its own epochs, and of any stretch of the stream each fills its share.
+  """
+
+  def __init__(self, sources, weights):
+    self._sources = sources
+    self._ends = np.cumsum([len(s) for s in sources])
+    self.parts = tuple(zip(map(len, sources), weights, strict=True))
+
+  def __len__(self):
+    return int(self._ends[-1])
+
+  def __getitem__(self, index):
+    """The record at `index`. Raises DamagedRecord."""
+    number = int(np.searchsorted(self._ends, index, side="right"))
+    source = self._sources[number]
+    start = int(self._ends[number]) - len(source)
+    try:
+      return source[index - start]
+    except DamagedRecord as e:
+      raise DamagedRecord(f"data.mix[{number}]: {e}", resume=e.resume and start + e.resume) from e
+
+  @property
+  def identity(self):
+    """Changes with the sources' and with the weights: they decide what comes at which step."""
+    parts = zip(self.parts, self._sources, strict=True)
+    return "; ".join(f"{weight:g} of {source.identity}" for (_, weight), source in parts)

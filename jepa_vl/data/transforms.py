@@ -17,7 +17,14 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PP
 
 
 class DamagedRecord(Exception):
-  """One record that cannot be used; the message says which and why."""
+  """One record that cannot be used; the message says which and why.
+
+  resume: where a whole file is damaged, the first index after it.
+  """
+
+  def __init__(self, message, resume=0):
+    super().__init__(message)
+    self.resume = resume
 
 
 def decode(data):

@@ -2,9 +2,10 @@
 
 `config.evals` maps a name of EVALS to the keyword arguments of its `run`. Every evaluation has
 `source` (a name of jepa_vl.data.sources.SOURCES), `path` and `splits`, a tuple of names; in the
-path "{split}" stands for the name. Keys that end in `_split` name further ones, and `label` is the
-field of the records that holds a class, counted from 0. Of what `run` returns, a key may come with
-floors: the same key followed by "@random", "@majority" or "@raw_pixels".
+path "{split}" stands for the name. Records are read as `data.image_key`, `caption_key`,
+`image_root` and `index_dir` say, as in training. Keys that end in `_split` name further splits, and
+`label` is the field of the records that holds a class, counted from 0. Of what `run` returns, a key
+may come with floors: the same key followed by "@random", "@majority" or "@raw_pixels".
 """
 
 import inspect

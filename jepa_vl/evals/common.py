@@ -40,7 +40,8 @@ class Encode:
   """encode(variables, batch) -> out, with what evaluations need around it.
 
   apply: jitted (variables, batch) -> out; tokenize: captions -> (ids, mask, truncated); readings:
-  the names of READINGS that differ for this model, the one to look at last.
+  the names of READINGS that differ for this model, the one to look at last; keys: how records are
+  read, as in training.
   Decoded splits are kept, and so are the features of the last variables seen.
   """
 
@@ -51,6 +52,7 @@ class Encode:
   resize_ratio: float
   batch_size: int
   readings: tuple
+  keys: Any
   _kept: dict = dataclasses.field(default_factory=dict)
   _features: dict = dataclasses.field(default_factory=dict)
   _of: Any = None
@@ -67,7 +69,7 @@ class Encode:
   def split(self, source, path, split):
     """The decoded split, read once."""
     key = (source, path, split)
-    return self.once(key, lambda: _read_split(self, sources.open_source(*key), split))
+    return self.once(key, lambda: _read_split(self, sources.open_source(*key, self.keys), split))
 
   def features(self, variables, source, path, split):
     """z_img, p_img, cls, pooled of the split's images (N, .) and z_txt, p_txt of its captions."""

@@ -1,0 +1,74 @@
+"""ArrayRecord files of msgpack dicts."""
+
+import functools
+import os
+
+import msgpack
+
+from jepa_vl.data import common
+from jepa_vl.data.transforms import DamagedRecord
+
+
+class ArrayRecord:
+  """Records of one or several ArrayRecord files, in the files' order.
+
+  Raises:
+    FileNotFoundError: nothing matches the pattern.
+    ValueError: a file is empty or truncated, named.
+  """
+
+  def __init__(self, pattern):
+    self.paths = common.find(pattern, what="ArrayRecord files", suffix=".array_record")
+    self._reader = _open(self.paths)
+
+  def __len__(self):
+    return len(self._reader)
+
+  def __getitem__(self, index):
+    """The record at `index`. Raises DamagedRecord."""
+    try:
+      record = msgpack.unpackb(self._reader[index])
+    except Exception as e:  # the reader and msgpack each have a family of their own
+      raise DamagedRecord(f"record {index}: cannot be read ({type(e).__name__}: {e})") from e
+    if not isinstance(record, dict) or not {"image", "caption"} <= set(record):
+      raise DamagedRecord(f"record {index}: no msgpack dict with 'image' and 'caption'")
+    tags = record.get("tags") or []
+    if not isinstance(tags, list) or any(type(t) is not str for t in tags):
+      raise DamagedRecord(f"record {index}: 'tags' must be a list of strings")
+    try:
+      common.check_caption(record["caption"])
+    except DamagedRecord as e:
+      raise DamagedRecord(f"record {index}: {e}") from e
+    return record
+
+  @functools.cached_property
+  def identity(self):
+    """Changes with the files' names and sizes, the number of records and a sample of them."""
+    # The sizes are of whole 64 KiB blocks: the sample matters.
+    parts = [f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths]
+    return common.identity(self, parts)
+
+
+def _open(paths):
+  from array_record.python import array_record_data_source  # late: workers import this module
+
+  open_ = array_record_data_source.ArrayRecordDataSource
+  try:
+    reader = open_(paths)
+    if len(reader):
+      return reader
+  except Exception:  # which file it was is only found by opening them one by one
+    pass
+  for path in paths:
+    try:
+      if not os.path.getsize(path):
+        raise ValueError("it is empty")
+      if not len(open_([path])):
+        raise ValueError("it holds no record")
+    except Exception as e:
+      reason = str(e).partition("\n")[0]
+      raise ValueError(
+        f"{path} is not a whole ArrayRecord file ({reason}); it may have been cut "
+        "short in copying: copy or prepare it again, or leave it out of data.path"
+      ) from e
+  return open_(paths)

@@ -1,0 +1,189 @@
+"""Tables of image paths and captions (TSV, CSV, JSONL), and folders of x.jpg beside x.txt."""
+
+import csv
+import functools
+import io
+import os
+
+import numpy as np
+
+from jepa_vl.data import common
+from jepa_vl.data.transforms import DamagedRecord
+
+_IMAGES = common.PATH_NAMES + common.IMAGE_NAMES
+
+
+class Table:
+  """The rows of .tsv, .csv or .jsonl files that name an image file and its caption.
+
+  The first line of a TSV or CSV names its columns. In a CSV, quotes keep commas and line breaks
+  together; in a TSV they are characters as any other. Paths are relative to `image_root` or, if
+  that is empty, to the table's folder. A row is found by its place, so that no worker holds the
+  table: 8 bytes a row.
+
+  Raises:
+    FileNotFoundError: nothing matches the pattern.
+    ValueError: a file of another kind, or without the columns.
+  """
+
+  def __init__(self, pattern, keys):
+    self.paths = common.find(pattern, what="tables (.tsv, .csv, .jsonl)", suffix=".tsv")
+    self._keys = keys
+    self._starts, self._header = [], []  # of each file: where its rows begin, and its columns
+    for path in self.paths:
+      starts = _row_starts(path)
+      header = None
+      if not path.endswith(".jsonl"):
+        header, starts = self._read_header(path, starts), starts[1:]
+      self._header.append(header)
+      self._starts.append(starts)
+    self._ends = np.cumsum([max(len(s) - 1, 0) for s in self._starts])
+    self._stamps = [os.path.getsize(path) for path in self.paths]
+    if not len(self):
+      raise ValueError(f"the {len(self.paths)} tables of {pattern!r} hold no row")
+    self._open = functools.lru_cache(64)(io.FileIO)
+
+  def _read_header(self, path, starts):
+    if len(starts) < 2:
+      return []
+    with open(path, "rb") as f:
+      line = f.read(int(starts[1]))
+    header = _cells(path, line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
+    try:
+      self._columns(header)
+    except DamagedRecord as e:
+      raise ValueError(f"{path}, whose first line must name the columns: {e}") from e
+    return header
+
+  def _columns(self, there):
+    # Which of the fields hold the image and the caption.
+    return (
+      common.pick("image", there, self._keys.image_key, _IMAGES),
+      common.pick("caption", there, self._keys.caption_key, common.CAPTION_NAMES),
+    )
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k != "_open"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._open = functools.lru_cache(64)(io.FileIO)
+
+  def __len__(self):
+    return int(self._ends[-1])
+
+  def __getitem__(self, index):
+    """The record at `index`. Raises DamagedRecord."""
+    number = int(np.searchsorted(self._ends, index, side="right"))
+    path, starts, end = self.paths[number], self._starts[number], int(self._ends[number])
+    i = index - (end - (len(starts) - 1))
+    try:
+      file = self._open(path)
+      if os.fstat(file.fileno()).st_size != self._stamps[number]:
+        raise OSError("it has changed since the run began")
+      line = os.pread(file.fileno(), int(starts[i + 1] - starts[i]), int(starts[i]))
+    except OSError as e:
+      message = f"{path} cannot be read any more ({e.strerror or e})"
+      raise DamagedRecord(message, resume=end) from e
+    try:
+      return self._record(path, self._header[number], line)
+    except DamagedRecord as e:
+      raise DamagedRecord(f"{path}, the row at byte {starts[i]}: {e}") from e
+
+  def _record(self, path, header, line):
+    fields = common.parse_json(line) if header is None else _fields(path, header, line)
+    image, caption = self._columns(fields)
+    folder = self._keys.image_root or os.path.dirname(path)
+    data = common.image_bytes(fields[image], folder)
+    others = {k: v for k, v in fields.items() if k not in (image, caption)}
+    if header:
+      others = {k: common.parse_number(v) for k, v in others.items()}
+    return common.make_record(data, fields[caption], others)
+
+  @functools.cached_property
+  def identity(self):
+    """Changes with the tables' names and sizes, the number of rows and a sample of them."""
+    names = map(os.path.basename, self.paths)
+    return common.identity(self, map("{}:{}".format, names, self._stamps))
+
+
+def _row_starts(path):
+  """Byte offsets at which the rows of a table begin, and the table's end.
+
+  Raises ValueError for a file of another kind.
+  """
+  if not path.endswith((".tsv", ".csv", ".jsonl")):
+    raise ValueError(f"{path}: a table is a .tsv, .csv or .jsonl file")
+  quotes, starts, at = 0, [np.zeros(1, np.int64)], 0
+  with open(path, "rb") as f:
+    while block := f.read(1 << 24):
+      data = np.frombuffer(block, np.uint8)
+      breaks = data == ord("\n")
+      if path.endswith(".csv"):  # within quotes a line break is text; a doubled quote cancels out
+        seen = np.cumsum(data == ord('"'), dtype=np.int64) + quotes
+        breaks &= seen % 2 == 0
+        quotes = int(seen[-1])
+      starts.append(np.flatnonzero(breaks) + 1 + at)
+      at += len(block)
+  starts = np.concatenate(starts)
+  return starts if starts[-1] == at else np.append(starts, at)
+
+
+def _cells(path, line):
+  line = line.rstrip("\r\n")
+  if path.endswith(".tsv"):
+    return line.split("\t")
+  return next(csv.reader([line], strict=True), [])
+
+
+def _fields(path, header, line):
+  try:
+    cells = _cells(path, line.decode("utf-8"))
+  except UnicodeDecodeError as e:
+    raise DamagedRecord(f"the row is not UTF-8 (from its byte {e.start} on)") from e
+  except csv.Error as e:
+    raise DamagedRecord(f"the row is no CSV ({e})") from e
+  if len(cells) != len(header):
+    raise DamagedRecord(f"{len(cells)} cells, where the first line names {len(header)} columns")
+  return dict(zip(header, cells, strict=True))
+
+
+class Folder:
+  """A folder, with all within it, of images and captions that share a name: a/x.jpg, a/x.txt.
+
+  Files are grouped as the members of a tar are; what lacks its partner is a record that raises
+  DamagedRecord.
+  """
+
+  def __init__(self, path, keys):
+    self._root, self._keys = os.path.expanduser(path), keys
+    if "://" in path or not os.path.isdir(self._root):
+      raise FileNotFoundError(f"path {path!r} is no folder; data.source='folder' needs one")
+    samples = {}
+    for folder, inner, files in os.walk(self._root):
+      inner.sort()
+      for name in sorted(files):
+        match = common.split_name(os.path.relpath(os.path.join(folder, name), self._root))
+        if match:
+          samples.setdefault(match[0], {})[match[1].lower()] = match[1]
+    known = {*common.IMAGE_NAMES, *common.CAPTION_NAMES, "json", keys.image_key, keys.caption_key}
+    self._samples = [(key, kinds) for key, kinds in samples.items() if known & set(kinds)]
+    if not self._samples:
+      raise ValueError(f"{path!r} holds no x.jpg (jpeg, png, webp) beside x.txt (or x.json)")
+
+  def __len__(self):
+    return len(self._samples)
+
+  def __getitem__(self, index):
+    """The record at `index`. Raises DamagedRecord."""
+    key, kinds = self._samples[index]
+    at = os.path.join(self._root, key)
+    try:
+      return common.member_record(kinds, lambda k: common.read_file(f"{at}.{kinds[k]}"), self._keys)
+    except DamagedRecord as e:
+      raise DamagedRecord(f"{at}: {e}") from e
+
+  @functools.cached_property
+  def identity(self):
+    """Changes with the files' names and a sample of what is in them."""
+    return common.identity(self, self._samples)

@@ -1,0 +1,168 @@
+"""Rows of TSV, CSV and JSONL, and pairs of files in a folder."""
+
+import json
+import os
+import pickle
+
+import pytest
+from records import noise, png
+
+from jepa_vl.data import common, pipeline, sources, tables
+from jepa_vl.data.transforms import DamagedRecord
+
+
+def image(i):
+  return png(noise((20, 24), i))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / "img").mkdir()
+  for i in range(6):
+    (tmp_path / "img" / f"{i}.png").write_bytes(image(i))
+  return tmp_path
+
+
+def open_table(path, content=None, **keys):
+  if content is not None:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return tables.Table(str(path), common.Keys(**keys))
+
+
+def reasons(source):
+  found = {}
+  for i in range(len(source)):
+    try:
+      source[i]
+    except DamagedRecord as e:
+      found[i] = str(e)
+  return found
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_three_kinds_give_the_same_records(folder, end, mark):
+  lines = {
+    "x.tsv": ["filepath\ttitle\tlabel", "img/0.png\ta, \"b\t7", "img/1.png\tc\t-1"],
+    "x.csv": ["title,label,filepath", '"a, ""b",7,img/0.png', "c,-1,img/1.png"],
+    "x.jsonl": [
+      json.dumps({"filepath": "img/0.png", "title": 'a, "b', "label": 7}),
+      json.dumps({"filepath": "img/1.png", "title": "c", "label": -1}),
+    ],
+  }
+  for name, rows in lines.items():
+    content = (end or "\n").join(rows) + end
+    source = open_table(folder / name, (mark if name != "x.jsonl" else "") + content)
+    assert [source[i] for i in range(len(source))] == [
+      {"image": image(0), "caption": 'a, "b', "label": 7},
+      {"image": image(1), "caption": "c", "label": -1},
+    ]
+
+
+def test_line_breaks_within_quotes_are_text_in_a_csv(folder, monkeypatch):
+  content = 'path,text\nimg/0.png,"two\nlines, ""quoted"""\nimg/1.png,one\n'
+  read = open
+  for size in (1 << 24, 1, 7):  # quotes count on from one block to the next
+
+    class Blocks:
+      def __init__(self, *args):
+        self.file = read(*args)
+
+      def __enter__(self):
+        return self
+
+      def __exit__(self, *_):
+        self.file.close()
+
+      def read(self, n, size=size):
+        return self.file.read(min(n, size) if n == 1 << 24 else n)
+
+    monkeypatch.setattr(tables, "open", Blocks, raising=False)
+    source = open_table(folder / "x.csv", content)
+    assert [source[i]["caption"] for i in range(len(source))] == ['two\nlines, "quoted"', "one"]
+
+
+def test_several_tables_keys_and_root(folder):
+  rows = "".join(f"{i}.png\tnumber {i}\tother {i}\n" for i in range(3))
+  open_table(folder / "a.tsv", "file\tcaption\talt\n" + rows)
+  more = "".join(f"other {i}\t{i}.png\n" for i in range(3, 6))
+  keys = {"caption_key": "alt", "image_root": str(folder / "img")}
+  source = open_table(folder / "b.tsv", "alt\tfile\n" + more, **keys)
+  source = open_table(folder / "*.tsv", **keys)
+  assert [source[i]["caption"] for i in range(6)] == [f"other {i}" for i in range(6)]
+  assert pickle.loads(pickle.dumps(source))[5]["image"] == image(5)
+  assert pipeline.read_from(source, 4)[2] == 4
+
+
+def test_bad_rows_are_damaged_records(folder):
+  rows = [
+    b"path\ttext", b"img/0.png\tgood", b"img/none.png\tx", b"img/1.png\t", b"img/1.png",
+    b"img/1.png\tk\xe4se", b"http://a.org/x.jpg\tx", b"", b"\tx", b"img/2.png\t" + b"w " * 50_000,
+  ]  # fmt: skip
+  source = open_table(folder / "x.tsv", b"\n".join(rows) + b"\n")
+  found = reasons(source)
+  expected = {
+    1: "none.png' cannot be read", 2: "the caption is empty", 3: "1 cells, where", 4: "not UTF-8",
+    5: "web address", 6: "1 cells", 7: "the image is empty",
+  }  # fmt: skip
+  assert found.keys() == expected.keys()
+  for i, text in expected.items():
+    assert text in found[i] and "x.tsv, the row at byte" in found[i]
+  lines = ['{"path": "img/0.png", "text": "a"}', "{", "[]", '{"path": "img/0.png"}', '{"path": 3}']
+  lines += ['{"path": 3, "text": "x"}', '{"path": "img/0.png", "text": ["a"]}']
+  found = reasons(open_table(folder / "x.jsonl", "\n".join(lines)))
+  for i, text in enumerate(["JSON cannot", "no object", "no caption", "no caption", "no bytes"]):
+    assert text in found[i + 1]
+  assert "of type list" in found[6]
+
+
+def test_what_is_no_table_is_said(folder):
+  with pytest.raises(ValueError, match="first line must name the columns: no image.*found img/0.p"):
+    open_table(folder / "x.tsv", "img/0.png\tno header\n")
+  with pytest.raises(ValueError, match="is a .tsv, .csv or .jsonl file"):
+    open_table(folder / "x.txt", "a\tb\n")
+  with pytest.raises(ValueError, match="hold no row"):
+    open_table(folder / "x.tsv", "path\ttext\n")
+  open_table(folder / "x.csv", "url,caption\nhttps://a.org/b.jpg,x\n")
+  with pytest.raises(ValueError, match="'table', path .*web address: download.*img2dataset"):
+    sources.open_source("table", str(folder / "x.csv"), "")
+
+
+def test_a_table_that_changes_in_the_run_is_said(folder):
+  source = open_table(folder / "x.tsv", "path\ttext\nimg/0.png\ta\nimg/1.png\tb\n")
+  source[0]
+  (folder / "x.tsv").write_text("path\ttext\n")
+  with pytest.raises(DamagedRecord, match="x.tsv cannot be read any more .it has changed") as e:
+    source[0]
+  assert e.value.resume == 2
+
+
+# --- folders
+
+
+def test_a_folder_of_pairs(folder):
+  for i in range(5):
+    (folder / "img" / f"{i}.txt").write_text(f"number {i}\n")
+  (folder / "a.b").mkdir()
+  (folder / "a.b" / "x.JPG").write_bytes(image(7))
+  (folder / "a.b" / "x.json").write_text('{"caption": "of the json", "label": 2}')
+  for name in ("notes.md", ".hidden.txt", "Makefile"):
+    (folder / name).write_text("no sample")
+  source = sources.open_source("folder", str(folder), "")
+  assert len(source) == 7
+  assert source[0] == {"image": image(7), "caption": "of the json", "label": 2}
+  assert [source[i]["caption"] for i in range(1, 6)] == [f"number {i}" for i in range(5)]
+  assert list(reasons(source)) == [6] and "img/5: no caption" in reasons(source)[6]
+  again = pickle.loads(pickle.dumps(source))
+  assert again[3] == source[3] and again.identity == source.identity
+  os.remove(folder / "img" / "2.png")
+  with pytest.raises(DamagedRecord, match="img/2.*No such file"):
+    source[3]
+
+
+def test_what_is_no_folder_of_pairs_is_said(tmp_path):
+  for path in ("gs://bucket/x", str(tmp_path / "none")):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+      sources.open_source("folder", path, "")
+  with pytest.raises(ValueError, match="holds no x.jpg"):
+    sources.open_source("folder", str(tmp_path), "")
