@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jepa_vl.sharding import constrain
+
 # Float32 means float32 on every chip: TPUs and recent GPUs would multiply in less.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -44,6 +46,7 @@ def siglip(out, rng, *, chunk_size):
   B = images.shape[0]
   chunk = min(chunk_size or B, B)
   padding = -B % chunk
+  texts = constrain(texts, None, None)  # (B, D), gathered once; the images stay where they are
   if padding:
     texts = jnp.pad(texts, [(0, padding), (0, 0)])
 
