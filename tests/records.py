@@ -8,6 +8,8 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from jepa_vl.data.transforms import DamagedRecord
+
 
 def png(image):
   return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
@@ -45,3 +47,14 @@ def pair(i, key=None):
   """The two members of a good sample."""
   key = f"{i:06d}" if key is None else key
   return [(f"{key}.png", png(noise((20, 24), i))), (f"{key}.txt", f"number {i}".encode())]
+
+
+def damage(source):
+  """{index: reason} of the records that cannot be used."""
+  reasons = {}
+  for i in range(len(source)):
+    try:
+      source[i]
+    except DamagedRecord as e:
+      reasons[i] = str(e)
+  return reasons

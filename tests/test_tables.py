@@ -5,7 +5,7 @@ import os
 import pickle
 
 import pytest
-from records import noise, png
+from records import damage, noise, png
 
 from jepa_vl.data import common, pipeline, sources, tables
 from jepa_vl.data.transforms import DamagedRecord
@@ -27,16 +27,6 @@ def open_table(path, content=None, **keys):
   if content is not None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
   return tables.Table(str(path), common.Keys(**keys))
-
-
-def reasons(source):
-  found = {}
-  for i in range(len(source)):
-    try:
-      source[i]
-    except DamagedRecord as e:
-      found[i] = str(e)
-  return found
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
@@ -100,7 +90,7 @@ def test_bad_rows_are_damaged_records(folder):
     b"img/1.png\tk\xe4se", b"http://a.org/x.jpg\tx", b"", b"\tx", b"img/2.png\t" + b"w " * 50_000,
   ]  # fmt: skip
   source = open_table(folder / "x.tsv", b"\n".join(rows) + b"\n")
-  found = reasons(source)
+  found = damage(source)
   expected = {
     1: "none.png' cannot be read", 2: "the caption is empty", 3: "1 cells, where", 4: "not UTF-8",
     5: "web address", 6: "1 cells", 7: "the image is empty",
@@ -110,7 +100,7 @@ def test_bad_rows_are_damaged_records(folder):
     assert text in found[i] and "x.tsv, the row at byte" in found[i]
   lines = ['{"path": "img/0.png", "text": "a"}', "{", "[]", '{"path": "img/0.png"}', '{"path": 3}']
   lines += ['{"path": 3, "text": "x"}', '{"path": "img/0.png", "text": ["a"]}']
-  found = reasons(open_table(folder / "x.jsonl", "\n".join(lines)))
+  found = damage(open_table(folder / "x.jsonl", "\n".join(lines)))
   for i, text in enumerate(["JSON cannot", "no object", "no caption", "no caption", "no bytes"]):
     assert text in found[i + 1]
   assert "of type list" in found[6]
@@ -152,7 +142,7 @@ def test_a_folder_of_pairs(folder):
   assert len(source) == 7
   assert source[0] == {"image": image(7), "caption": "of the json", "label": 2}
   assert [source[i]["caption"] for i in range(1, 6)] == [f"number {i}" for i in range(5)]
-  assert list(reasons(source)) == [6] and "img/5: no caption" in reasons(source)[6]
+  assert list(damage(source)) == [6] and "img/5: no caption" in damage(source)[6]
   again = pickle.loads(pickle.dumps(source))
   assert again[3] == source[3] and again.identity == source.identity
   os.remove(folder / "img" / "2.png")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from records import noise, pair, png, write_tar
+from records import damage, noise, pair, png, write_tar
 
 from jepa_vl.data import common, pipeline, sources, webdataset
 from jepa_vl.data.transforms import DamagedRecord
@@ -35,17 +35,6 @@ def shards(tmp_path):
 
 def captions(source):
   return [source[i]["caption"] for i in range(len(source))]
-
-
-def damage(source):
-  """{index: reason} of the records that cannot be used."""
-  reasons = {}
-  for i in range(len(source)):
-    try:
-      source[i]
-    except DamagedRecord as e:
-      reasons[i] = str(e)
-  return reasons
 
 
 # --- order, patterns, keys

@@ -9,6 +9,7 @@ files alone.
 import base64
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -96,7 +97,7 @@ def describe(path):
     return None
   try:
     file = own["tokenizer_file"]
-    tokenizer = levljepa.read_bytes(os.path.join(folder, os.path.basename(file))) if file else None
+    tokenizer = pathlib.Path(folder, os.path.basename(file)).read_bytes() if file else None
     return Description(
       dict(own["config"]), own["step"], own["data_identity"], own["tokenizer_identity"], tokenizer
     )

@@ -254,12 +254,6 @@ def _write_all(folder, writers):
         os.remove(path)
 
 
-def read_bytes(path):
-  """All of a file."""
-  with open(path, "rb") as f:
-    return f.read()
-
-
 def _write_bytes(path, content):
   with open(path, "wb") as f:
     f.write(content)
