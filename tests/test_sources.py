@@ -1,9 +1,12 @@
 """Sources join their files in order, tell data sets apart and name what is broken."""
 
+import pickle
+
 import pytest
 from records import record, write
 
 from jepa_vl.data import sources
+from jepa_vl.data.transforms import REASONS, DamagedRecord
 
 
 def test_a_pattern_without_files_names_the_key():
@@ -76,3 +79,12 @@ def test_a_bucket_that_cannot_be_read_is_refused_in_words(name):
 def test_every_source_needs_a_path_and_shows_one(name):
   with pytest.raises(ValueError, match=f"data.source='{name}' needs one.*--config.data.path='"):
     sources.open_source(name, "", "train")
+
+
+def test_a_damaged_record_keeps_its_reason_on_every_way(tmp_path):
+  """Counted per reason: behind a place's name, within a mixture, and through a pickle."""
+  e = DamagedRecord("gone", "unreadable", 7).at("x.tar")
+  assert (str(e), e.reason, e.resume) == ("x.tar: gone", "unreadable", 7)
+  e = pickle.loads(pickle.dumps(e))
+  assert (str(e), e.reason, e.resume) == ("x.tar: gone", "unreadable", 7)
+  assert e.reason in REASONS

@@ -27,19 +27,9 @@ class ArrayRecord:
   def __getitem__(self, index):
     """The record at `index`. Raises DamagedRecord."""
     try:
-      record = msgpack.unpackb(self._reader[index])
-    except Exception as e:  # the reader and msgpack each have a family of their own
-      raise DamagedRecord(f"record {index}: cannot be read ({type(e).__name__}: {e})") from e
-    if not isinstance(record, dict) or not {"image", "caption"} <= set(record):
-      raise DamagedRecord(f"record {index}: no msgpack dict with 'image' and 'caption'")
-    tags = record.get("tags") or []
-    if not isinstance(tags, list) or any(type(t) is not str for t in tags):
-      raise DamagedRecord(f"record {index}: 'tags' must be a list of strings")
-    try:
-      common.check_caption(record["caption"])
+      return _record(self._reader, index)
     except DamagedRecord as e:
-      raise DamagedRecord(f"record {index}: {e}") from e
-    return record
+      raise e.at(f"record {index}") from e
 
   @functools.cached_property
   def identity(self):
@@ -47,6 +37,24 @@ class ArrayRecord:
     # The sizes are of whole 64 KiB blocks: the sample matters.
     parts = [f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths]
     return common.identity(self, parts)
+
+
+def _record(reader, index):
+  try:
+    data = reader[index]
+  except Exception as e:  # the reader has a family of its own
+    raise DamagedRecord(f"cannot be read ({type(e).__name__}: {e})", "unreadable") from e
+  try:
+    record = msgpack.unpackb(data)
+  except Exception as e:  # and so has msgpack
+    raise DamagedRecord(f"no msgpack ({type(e).__name__}: {e})", "malformed") from e
+  if not isinstance(record, dict) or not {"image", "caption"} <= set(record):
+    raise DamagedRecord("no msgpack dict with 'image' and 'caption'", "malformed")
+  tags = record.get("tags") or []
+  if not isinstance(tags, list) or any(type(t) is not str for t in tags):
+    raise DamagedRecord("'tags' must be a list of strings", "malformed")
+  common.check_caption(record["caption"])
+  return record
 
 
 def _open(paths):

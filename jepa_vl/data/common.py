@@ -132,7 +132,8 @@ def read_file(path):
   """The bytes of an image file, or of one in a bucket. Raises DamagedRecord."""
   if path.startswith(("http://", "https://")):
     raise DamagedRecord(
-      f"{path!r} is a web address: download the images first, for example with img2dataset"
+      f"{path!r} is a web address: download the images first, for example with img2dataset",
+      "unreadable",
     )
   try:
     if "://" in path:
@@ -141,7 +142,7 @@ def read_file(path):
     with open(path, "rb") as f:
       return f.read()
   except (OSError, ValueError) as e:
-    raise DamagedRecord(f"image file {path!r} cannot be read ({_reason(e)})") from e
+    raise DamagedRecord(f"image file {path!r} cannot be read ({_reason(e)})", "unreadable") from e
 
 
 def _reason(error):
@@ -159,7 +160,8 @@ def pick(what, there, key, names):
   tried = repr(key) if key else "any of " + ", ".join(names)
   have = ", ".join(list(there)[:20]) or "nothing"
   raise DamagedRecord(
-    f"no {what}: looked for {tried}, found {have}; data.{what}_key names another"
+    f"no {what}: looked for {tried}, found {have}; data.{what}_key names another",
+    f"no_{what}",
   )
 
 
@@ -169,18 +171,21 @@ def check_caption(value):
     try:
       value = value.decode("utf-8")
     except UnicodeDecodeError as e:
-      raise DamagedRecord(f"the caption is not UTF-8 (from its byte {e.start} on)") from e
+      message = f"the caption is not UTF-8 (from its byte {e.start} on)"
+      raise DamagedRecord(message, "caption_encoding") from e
   if value is None:
-    raise DamagedRecord("the caption is missing")
+    raise DamagedRecord("the caption is missing", "no_caption")
   if not isinstance(value, str):
-    raise DamagedRecord(f"the caption is no text but of type {type(value).__name__}")
+    message = f"the caption is no text but of type {type(value).__name__}"
+    raise DamagedRecord(message, "malformed")
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as e:  # half a surrogate pair, which JSON can express
-    raise DamagedRecord(f"the caption is no valid Unicode (from its character {e.start} on)") from e
+    message = f"the caption is no valid Unicode (from its character {e.start} on)"
+    raise DamagedRecord(message, "caption_encoding") from e
   value = value.strip("\ufeff \t\r\n")
   if not value:
-    raise DamagedRecord("the caption is empty")
+    raise DamagedRecord("the caption is empty", "no_caption")
   return value
 
 
@@ -190,7 +195,7 @@ def make_record(image, caption, fields):
   That is whole numbers and texts (labels, concepts) and `tags`, if they are a list of texts.
   """
   if not isinstance(image, bytes) or not image:
-    raise DamagedRecord("the image is no bytes" if image else "the image is empty")
+    raise DamagedRecord("the image is no bytes" if image else "the image is empty", "no_image")
   record = {k: v for k, v in fields.items() if isinstance(v, (int, str))}
   tags = fields.get("tags")
   record.pop("tags", None)
@@ -220,9 +225,10 @@ def parse_json(data):
   try:
     fields = json.loads(data)
   except (ValueError, RecursionError) as e:
-    raise DamagedRecord(f"its JSON cannot be read ({e})") from e
+    raise DamagedRecord(f"its JSON cannot be read ({e})", "malformed") from e
   if not isinstance(fields, dict):
-    raise DamagedRecord(f"its JSON is no object but of type {type(fields).__name__}")
+    message = f"its JSON is no object but of type {type(fields).__name__}"
+    raise DamagedRecord(message, "malformed")
   return fields
 
 

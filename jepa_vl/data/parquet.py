@@ -102,8 +102,11 @@ class Parquet:
       if self._classes:
         return common.make_record(image, self._classes[row[self._caption]], row)
       return common.make_record(image, row.pop(self._caption), row)
-    except (DamagedRecord, ValueError, LookupError, TypeError) as e:
-      raise DamagedRecord(f"{path}, row group {number}, row {i}: {e}") from e
+    except DamagedRecord as e:
+      raise e.at(f"{path}, row group {number}, row {i}") from e
+    except (ValueError, LookupError, TypeError) as e:
+      message = f"{path}, row group {number}, row {i}: {e}"
+      raise DamagedRecord(message, "malformed") from e
 
   def _open_file(self, number):
     file = _open(self.paths[number])
@@ -117,13 +120,13 @@ class Parquet:
       opened = self._file(file)
     except (OSError, ValueError) as e:
       message = f"{self.paths[file]} cannot be read any more ({e})"
-      raise DamagedRecord(message, resume=int(self._file_ends[file])) from e
+      raise DamagedRecord(message, "unreadable", int(self._file_ends[file])) from e
     g = number - int(self._first_group[file])
     try:
       return opened.read_row_group(g, columns=self._columns, use_threads=False)
     except (OSError, ValueError) as e:  # pyarrow's own are of these
       message = f"{self.paths[file]}: its row group {g} cannot be read ({e})"
-      raise DamagedRecord(message, resume=int(self._ends[number])) from e
+      raise DamagedRecord(message, "unreadable", int(self._ends[number])) from e
 
   @functools.cached_property
   def identity(self):

@@ -109,7 +109,8 @@ class Mixture:
     try:
       return source[index - start]
     except DamagedRecord as e:
-      raise DamagedRecord(f"data.mix[{number}]: {e}", resume=e.resume and start + e.resume) from e
+      message, resume = f"data.mix[{number}]: {e}", e.resume and start + e.resume
+      raise DamagedRecord(message, e.reason, resume) from e
 
   @property
   def identity(self):

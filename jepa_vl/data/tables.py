@@ -84,11 +84,11 @@ class Table:
       line = os.pread(file.fileno(), int(starts[i + 1] - starts[i]), int(starts[i]))
     except OSError as e:
       message = f"{path} cannot be read any more ({e.strerror or e})"
-      raise DamagedRecord(message, resume=end) from e
+      raise DamagedRecord(message, "unreadable", end) from e
     try:
       return self._record(path, self._header[number], line)
     except DamagedRecord as e:
-      raise DamagedRecord(f"{path}, the row at byte {starts[i]}: {e}") from e
+      raise e.at(f"{path}, the row at byte {starts[i]}") from e
 
   def _record(self, path, header, line):
     fields = common.parse_json(line) if header is None else _fields(path, header, line)
@@ -140,11 +140,13 @@ def _fields(path, header, line):
   try:
     cells = _cells(path, line.decode("utf-8"))
   except UnicodeDecodeError as e:
-    raise DamagedRecord(f"the row is not UTF-8 (from its byte {e.start} on)") from e
+    message = f"the row is not UTF-8 (from its byte {e.start} on)"
+    raise DamagedRecord(message, "caption_encoding") from e
   except csv.Error as e:
-    raise DamagedRecord(f"the row is no CSV ({e})") from e
+    raise DamagedRecord(f"the row is no CSV ({e})", "malformed") from e
   if len(cells) != len(header):
-    raise DamagedRecord(f"{len(cells)} cells, where the first line names {len(header)} columns")
+    message = f"{len(cells)} cells, where the first line names {len(header)} columns"
+    raise DamagedRecord(message, "malformed")
   return dict(zip(header, cells, strict=True))
 
 
@@ -181,7 +183,7 @@ class Folder:
     try:
       return common.member_record(kinds, lambda k: common.read_file(f"{at}.{kinds[k]}"), self._keys)
     except DamagedRecord as e:
-      raise DamagedRecord(f"{at}: {e}") from e
+      raise e.at(at) from e
 
   @functools.cached_property
   def identity(self):

@@ -16,15 +16,35 @@ MAX_PIXELS = 100_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
 
+# Why a record cannot be used, for counts; the message of the one record says more.
+REASONS = (
+  "unreadable",  # its file or shard is gone, has changed, is cut short or cannot be read
+  "malformed",  # no record of its format: JSON, msgpack, CSV, another library's
+  "duplicate_key",
+  "no_image",
+  "image_undecodable",
+  "image_too_large",
+  "no_caption",  # missing or empty
+  "caption_encoding",  # not UTF-8, or no valid Unicode
+)
+
+
 class DamagedRecord(Exception):
   """One record that cannot be used; the message says which and why.
 
-  resume: where a whole file is damaged, the first index after it.
+  reason: one of REASONS. resume: where a whole file is damaged, the first index after it.
   """
 
-  def __init__(self, message, resume=0):
-    super().__init__(message)
-    self.resume = resume
+  def __init__(self, message, reason, resume=0):
+    super().__init__(message, reason, resume)  # all of them, so that it can be pickled
+    self.reason, self.resume = reason, resume
+
+  def __str__(self):
+    return self.args[0]
+
+  def at(self, where):
+    """The same with the place before the message."""
+    return DamagedRecord(f"{where}: {self}", self.reason, self.resume)
 
 
 def decode(data):
@@ -37,9 +57,10 @@ def decode(data):
   try:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
   except (cv2.error, TypeError, ValueError) as e:
-    raise DamagedRecord(f"image cannot be decoded ({type(e).__name__})") from e
+    raise DamagedRecord(f"image cannot be decoded ({type(e).__name__})", "image_undecodable") from e
   if image is None:
-    raise DamagedRecord(f"image cannot be decoded ({len(data)} bytes of {kind})")
+    message = f"image cannot be decoded ({len(data)} bytes of {kind})"
+    raise DamagedRecord(message, "image_undecodable")
   return image
 
 
@@ -51,13 +72,14 @@ def _header(data):
   try:
     image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
   except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as e:
-    raise DamagedRecord(f"image is too large to be decoded ({e})") from e
+    raise DamagedRecord(f"image is too large to be decoded ({e})", "image_too_large") from e
   except Exception:  # each format has a family of its own
     return "an unknown format"
   width, height = image.size
   if width * height > MAX_PIXELS:
     raise DamagedRecord(
-      f"image is too large to be decoded ({width} x {height} pixels; at most {MAX_PIXELS})"
+      f"image is too large to be decoded ({width} x {height} pixels; at most {MAX_PIXELS})",
+      "image_too_large",
     )
   return f"a damaged or truncated {image.format} of {width} x {height}"
 

@@ -71,7 +71,7 @@ class WebDataset:
       shard = self._shard(number)
     except OSError as e:
       message = f"{self.paths[number]} cannot be read any more ({e.strerror or e})"
-      raise DamagedRecord(message, resume=end) from e
+      raise DamagedRecord(message, "unreadable", end) from e
     return shard.record(shard.samples - (end - index), self._keys)
 
   def _open(self, number):
@@ -105,11 +105,14 @@ class _Shard:
       data = self._pread(self._index, 24 * (end - start), 24 * start, self._members_at)
       members = {self._names[n]: (size, at) for n, at, size in struct.iter_unpack("<3q", data)}
       if copy:
-        raise DamagedRecord(f"the key is there {copy} times before; the first one counts")
+        message = f"the key is there {copy} times before; the first one counts"
+        raise DamagedRecord(message, "duplicate_key")
       read = lambda name: self._pread(self._tar, *members[name], 0)
       return common.member_record(members, read, keys)
-    except (DamagedRecord, OSError) as e:
-      raise DamagedRecord(f"{self._path}, sample {self._key(i)!r}: {e}") from e
+    except OSError as e:
+      raise DamagedRecord(f"{self._path}, sample {self._key(i)!r}: {e}", "unreadable") from e
+    except DamagedRecord as e:
+      raise e.at(f"{self._path}, sample {self._key(i)!r}") from e
 
   def _pread(self, file, size, offset, base=None):
     data = os.pread(file.fileno(), size, offset + (self._samples_at if base is None else base))
