@@ -1,6 +1,7 @@
 """Decoding, augmentation and evaluation crops on uint8 RGB images, and the choice of caption."""
 
 import io
+import math
 from typing import NamedTuple
 
 import cv2
@@ -180,13 +181,13 @@ def random_box(height, width, rng, scale, ratio=(3 / 4, 4 / 3)):
   """A box of random area (a share of the image in `scale`), aspect and place, as torchvision's."""
   for _ in range(10):
     area = height * width * rng.uniform(*scale)
-    aspect = np.exp(rng.uniform(*np.log(ratio)))
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     h, w = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
     if 0 < h <= height and 0 < w <= width:
       return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
   # As torchvision: the largest central box of an allowed aspect. Not rare: at scale (0.8, 1) no
   # box fits an image wider than 5:3.
-  aspect = np.clip(width / height, *ratio)
+  aspect = min(max(width / height, ratio[0]), ratio[1])
   h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
   return Box((height - h) // 2, (width - w) // 2, h, w)
 
