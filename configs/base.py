@@ -92,6 +92,7 @@ def get_config():
   c.data.index_dir = ""  # folder for the indexes of tars; "": beside each tar, else ~/.cache
   c.data.split = "train"  # of sources that have several, and what "{split}" in a path stands for
   c.data.workers = 0  # processes; 0: a thread of the training process
+  c.data.timeout = 600.0  # seconds without a batch that end the run; 0: never
   c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
   c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)
   c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes

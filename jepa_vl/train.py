@@ -1,7 +1,7 @@
 """The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
 
 import concurrent.futures
-import itertools
+import functools
 import json
 import logging
 import math
@@ -14,7 +14,7 @@ import jax
 from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
-from jepa_vl.data import pipeline
+from jepa_vl.data import feed, pipeline
 from jepa_vl.evals import report
 from jepa_vl.model import two_tower
 
@@ -100,18 +100,27 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   config = run.config
   encode = make_encode(run)
   evals.prepare(encode, config.evals)
-  data = pipeline.batches(
+  board = feed.Board()
+  batches = pipeline.batches(
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed,
-    start_step=start, process=jax.process_index(), processes=jax.process_count(),
+    start_step=start, process=jax.process_index(), processes=jax.process_count(), board=board,
   )  # fmt: skip
-  if config.data.workers and start < config.steps:
-    data = _start_workers(data)
   counters = DataCounters(run.source, config.data.max_bad_fraction)
   flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
   meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
-  steps = StepLog(config, writer, meter, checkpoints, start)
+  steps = StepLog(config, writer, meter, checkpoints, start, board)
   due = lambda every, step: every and step % every == 0 and step > start
-  with metrics.Progress(config.steps, start) as progress, StopSignal() as stop:
+  with (
+    metrics.Progress(config.steps, start) as progress,
+    StopSignal() as stop,
+    feed.Feed(
+      batches, functools.partial(put_rows, mesh=run.mesh), board=board, where=run.source.where,
+      # Several processes have not agreed to stop: a batch that fails is an error there.
+      stopping=lambda: stop.requested and jax.process_count() == 1, timeout=config.data.timeout,
+    ) as data,
+  ):  # fmt: skip
+    if start < config.steps:
+      data.start(shield=config.data.workers)
     # This order is a contract: a checkpoint holds the state before step `step` is taken, and
     # the data position is that number, so a resumed run takes exactly the batch that is next.
     for step in range(start, config.steps + 1):
@@ -131,20 +140,21 @@ def _loop(run, workdir, start, state, checkpoints, writer):
         break
 
       asked = time.perf_counter()
+      found = None
       try:
-        batch = next(data)
-      except Exception as e:
-        if not stop.requested or jax.process_count() > 1:
-          raise
-        # Whoever stopped this process stopped its workers too: the step before is the last.
-        log.info("no further batch beside the stop request (%s)", e)
-        steps.flush(progress)
-        checkpoints.save(step, state, run.meta)
+        found = data.next()
+      finally:
+        # Asked to stop and no batch, or the pipeline failed: the step before is the last. Of
+        # several processes the others may be a step further.
+        if found is None and step > start and jax.process_count() == 1:
+          steps.flush(progress)
+          checkpoints.save(step, state, run.meta)
+      if found is None:
         break
-      # Time in next(data) costs nothing while the device is still busy with the step before.
+      batch, rows = found
+      # Time in data.next() costs nothing while the device is still busy with the step before.
       waited = time.perf_counter() - max(asked, steps.idle_since())
       counters.add(batch)
-      rows = sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS if k in batch}, run.mesh)
       with jax.set_mesh(run.mesh):
         state, values = run.train_step(state, rows)
       steps.flush(progress)  # the step before, while this one runs
@@ -159,21 +169,16 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   return 0
 
 
-def _start_workers(data):
-  # A terminal sends Ctrl-C to every process. The workers, started by the first batch, inherit that
-  # it is ignored, so that they still serve the loop, which alone answers it.
-  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  try:
-    first = next(data)
-  finally:
-    signal.signal(signal.SIGINT, before)
-  return itertools.chain([first], data)
+def put_rows(batch, mesh):
+  """What the model needs of a batch, on the devices."""
+  return sharding.put_batch({k: batch[k] for k in pipeline.MODEL_KEYS if k in batch}, mesh)
 
 
 class StepLog:
   """Fetches a step's metrics while the next one runs, checks them, writes every `log_every`th."""
 
-  def __init__(self, config, writer, meter, checkpoints, start):
+  def __init__(self, config, writer, meter, checkpoints, start, board):
+    self._board = board
     self._config, self._writer, self._meter = config, writer, meter
     self._checkpoints, self._pending, self._warned = checkpoints, None, set()
     self._schedule = optim.make_schedule(config.optim, config.steps)
@@ -218,11 +223,19 @@ class StepLog:
       rows = self._config.batch_size // self._config.accumulate
       self._warn("collapse", metrics.collapse_warning(found, self._config.model.embed_dim, rows))
     if rates["data_wait"] > 0.1:
-      self._warn(
-        "data",
-        f"{rates['data_wait']:.0%} of the time is spent waiting for data; raise data.workers (now "
-        f"{self._config.data.workers}), or store smaller images",
-      )
+      self._warn("data", self._starved(rates["data_wait"]))
+
+  def _starved(self, wait):
+    shares = self._board.shares()
+    what = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
+    if shares.get("reading", 0) > 0.5:
+      advice = "the disk or network is slow: copy the data nearer, or raise data.workers"
+    else:
+      advice = "raise data.workers, or store smaller images (python -m jepa_vl.data.prepare)"
+    return (
+      f"{wait:.0%} of the time is spent waiting for data ({what} of what the pipeline works); "
+      f"{advice} (data.workers is {self._config.data.workers})"
+    )
 
   def _warn(self, kind, text):
     if text and kind not in self._warned:

@@ -44,14 +44,15 @@ def test_a_worker_stopped_with_its_parent_does_not_take_the_save_along(
   """Schedulers signal the whole process group; the workers may be gone first."""
   failing_after(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
   assert train.train(config, str(tmp_path)) == train.PREEMPTED
-  assert (tmp_path / "checkpoints" / "3").is_dir()
+  (saved,) = os.listdir(tmp_path / "checkpoints")
+  assert 1 <= int(saved) <= 3  # batches are taken ahead of the step
 
 
 def test_a_worker_that_dies_of_itself_is_an_error(config, tmp_path, monkeypatch):
   failing_after(monkeypatch, 3, lambda: None)
   with pytest.raises(RuntimeError, match="a worker was terminated"):
     train.train(config, str(tmp_path))
-  assert not (tmp_path / "checkpoints" / "3").exists()
+  assert os.listdir(tmp_path / "checkpoints") == ["3"]  # what was trained is not lost
 
 
 @pytest.mark.parametrize("preset", ["plus", "siglip"])
@@ -84,7 +85,7 @@ def test_waiting_for_data_is_told(config, tmp_path, monkeypatch):
   """Batches that come late show as waiting, in the log and as a warning; prompt ones do not."""
   real, said = pipeline.batches, []
   monkeypatch.setattr(train.log, "warning", lambda text, *args: said.append(text % args))
-  config.steps, config.log_every = 5, 1
+  config.steps, config.log_every = 9, 1
   waited = {}
   for pause in (0.0, 1.5):  # a step takes a fraction of a second
 
@@ -96,7 +97,7 @@ def test_waiting_for_data_is_told(config, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "batches", batches)
     assert train.train(config, str(tmp_path / str(pause))) == 0
     logged = metrics.read_jsonl(tmp_path / str(pause) / "metrics.jsonl")
-    waited[pause] = np.mean([r["data_wait"] for r in logged[2:]])  # compiled and under way
+    waited[pause] = np.mean([r["data_wait"] for r in logged[5:]])  # beyond what was taken ahead
   assert waited[0.0] < 0.4 < waited[1.5] <= 1
   assert any("waiting for data" in text for text in said)
 
@@ -106,7 +107,7 @@ def test_the_device_is_not_idle_while_a_step_runs(config):
     def block_until_ready(self):
       done.wait()
 
-  done, steps = threading.Event(), train.StepLog(config, None, None, None, 0)
+  done, steps = threading.Event(), train.StepLog(config, None, None, None, 0, None)
   assert steps.idle_since() == 0.0
   steps.push(1, {"loss": Running()}, train.DataCounters(None, 0.01), 0.0)
   assert steps.idle_since() == math.inf

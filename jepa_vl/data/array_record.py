@@ -18,6 +18,7 @@ class ArrayRecord:
   """
 
   def __init__(self, pattern):
+    self._pattern = pattern
     self.paths = common.find(pattern, what="ArrayRecord files", suffix=".array_record")
     self._reader = _open(self.paths)
 
@@ -30,6 +31,10 @@ class ArrayRecord:
       return _record(self._reader, index)
     except DamagedRecord as e:
       raise e.at(f"record {index}") from e
+
+  def where(self, index):
+    """What names the record at `index`."""
+    return f"record {index} of {self._pattern}"
 
   @functools.cached_property
   def identity(self):

@@ -108,6 +108,11 @@ class Parquet:
       message = f"{path}, row group {number}, row {i}: {e}"
       raise DamagedRecord(message, "malformed") from e
 
+  def where(self, index):
+    """The file of the record at `index`."""
+    number = int(np.searchsorted(self._file_ends, index, side="right"))
+    return f"{self.paths[number]}, record {index}"
+
   def _open_file(self, number):
     file = _open(self.paths[number])
     if _stamp(file.metadata) != self._stamps[number]:

@@ -12,7 +12,7 @@ import functools
 import grain
 import numpy as np
 
-from jepa_vl.data import transforms
+from jepa_vl.data import feed, transforms
 from jepa_vl.data.tokenizer import tokenize
 from jepa_vl.data.transforms import DamagedRecord
 
@@ -69,7 +69,9 @@ class Rows:
   replaces, or -1) and `truncated`.
   """
 
-  def __init__(self, source, tokenizer, cfg, *, batch_size, seed, start_step, process, processes):
+  def __init__(
+    self, source, tokenizer, cfg, *, batch_size, seed, start_step, process, processes, board
+  ):
     if cfg.augment not in transforms.AUGMENT:
       raise ValueError(
         f"data.augment must be one of {', '.join(transforms.AUGMENT)}, got {cfg.augment!r}"
@@ -79,6 +81,7 @@ class Rows:
     self._batch_size, self._seed, self._start = batch_size, seed, start_step
     self._process, self._local = process, batch_size // processes
     self._order = Order(source, seed)
+    self._board = board
 
   def __len__(self):
     return _ENDLESS
@@ -87,7 +90,10 @@ class Rows:
     step, row = divmod(q, self._local)
     position = (self._start + step) * self._batch_size + self._process * self._local + row
     epoch, example = self._order[position]
-    record, images, index = read_from(self._source, example, functools.partial(self._images, epoch))
+    record, images, index = read_from(
+      self._source, example, functools.partial(self._images, epoch), self._board
+    )
+    self._board.enter(feed.TOKENISING, index)
     cfg = self._cfg
     caption = transforms.training_caption(
       record, self._stream(epoch, index, transforms.CAPTION, 0), cfg.tag_prob
@@ -95,6 +101,7 @@ class Rows:
     text, mask, truncated = tokenize(
       self._tokenizer, [caption], length=cfg.text_length, readout=cfg.readout
     )
+    self._board.enter(feed.WAITING)
     return {
       **images,
       "text": text[0],
@@ -109,6 +116,7 @@ class Rows:
     return np.random.default_rng((self._seed, *key))
 
   def _images(self, epoch, index, record):
+    self._board.enter(feed.DECODING, index)
     streams = functools.partial(self._stream, epoch, index)
     return self._augment(record["image"], streams, self._cfg.image_size, self._cfg)
 
@@ -117,7 +125,7 @@ def _decoded(index, record):
   return transforms.decode(record["image"])
 
 
-def read_from(source, index, use=_decoded):
+def read_from(source, index, use=_decoded, board=feed.NO_BOARD):
   """The record at `index` or, if it cannot be used, at the next index where it can.
 
   use: function (index, record) that makes what is wanted of the image; may raise DamagedRecord.
@@ -131,6 +139,7 @@ def read_from(source, index, use=_decoded):
   count, i = len(source), index
   for _ in range(_GIVE_UP):
     try:
+      board.enter(feed.READING, i % count)
       record = source[i % count]
       return record, use(i % count, record), i % count
     except DamagedRecord as e:
@@ -153,10 +162,13 @@ def why_bad(source, index):
     return str(e)
 
 
-def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, processes=1):
+def batches(
+  source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, processes=1, board=None
+):
   """Iterator over this process's rows of the global batches start_step, start_step + 1, ...
 
   cfg: the config's `data` sub-tree with `image_size`, `text_length` and `readout` added.
+  board: the feed.Board on which the processes say what they are at.
 
   Raises:
     ValueError: `batch_size` is not a multiple of the number of processes.
@@ -165,7 +177,7 @@ def batches(source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, 
     raise ValueError(f"batch_size={batch_size} is not a multiple of the {processes} processes")
   rows = Rows(
     source, tokenizer, cfg, batch_size=batch_size, seed=seed, start_step=start_step,
-    process=process, processes=processes,
+    process=process, processes=processes, board=board or feed.NO_BOARD,
   )  # fmt: skip
   # Batched before it is iterated: workers take turns by element, and an element must be a batch.
   ds = grain.MapDataset.source(rows).batch(batch_size // processes)

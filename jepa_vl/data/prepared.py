@@ -37,7 +37,7 @@ class Prepared:
       row = dict(self._rows[int(index)])
     except Exception as e:  # each library has a family of its own
       reason = f"cannot be read ({type(e).__name__}: {e})"
-      raise DamagedRecord(f"{self._name}, record {index}: {reason}", "unreadable") from e
+      raise DamagedRecord(f"{self.where(index)}: {reason}", "unreadable") from e
     try:
       image = common.image_bytes(row.pop(self._image), self._root)
       caption = row[self._caption]
@@ -47,7 +47,11 @@ class Prepared:
         del row[self._caption]
       return common.make_record(image, caption, row)
     except DamagedRecord as e:
-      raise e.at(f"{self._name}, record {index}") from e
+      raise e.at(self.where(index)) from e
+
+  def where(self, index):
+    """What names the record at `index`."""
+    return f"{self._name}, record {index}"
 
   @functools.cached_property
   def identity(self):

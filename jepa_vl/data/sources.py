@@ -112,6 +112,12 @@ class Mixture:
       message, resume = f"data.mix[{number}]: {e}", e.resume and start + e.resume
       raise DamagedRecord(message, e.reason, resume) from e
 
+  def where(self, index):
+    """What names the record at `index`."""
+    number = int(np.searchsorted(self._ends, index, side="right"))
+    source = self._sources[number]
+    return f"data.mix[{number}]: {source.where(index - int(self._ends[number]) + len(source))}"
+
   @property
   def identity(self):
     """Changes with the sources' and with the weights: they decide what comes at which step."""

@@ -90,6 +90,10 @@ class Table:
     except DamagedRecord as e:
       raise e.at(f"{path}, the row at byte {starts[i]}") from e
 
+  def where(self, index):
+    """The table of the record at `index`."""
+    return f"{self.paths[int(np.searchsorted(self._ends, index, side='right'))]}, record {index}"
+
   def _record(self, path, header, line):
     fields = common.parse_json(line) if header is None else _fields(path, header, line)
     image, caption = self._columns(fields)
@@ -184,6 +188,10 @@ class Folder:
       return common.member_record(kinds, lambda k: common.read_file(f"{at}.{kinds[k]}"), self._keys)
     except DamagedRecord as e:
       raise e.at(at) from e
+
+  def where(self, index):
+    """The files of the record at `index`, without their extensions."""
+    return os.path.join(self._root, self._samples[index][0])
 
   @functools.cached_property
   def identity(self):

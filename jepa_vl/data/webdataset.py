@@ -74,6 +74,10 @@ class WebDataset:
       raise DamagedRecord(message, "unreadable", end) from e
     return shard.record(shard.samples - (end - index), self._keys)
 
+  def where(self, index):
+    """The tar of the record at `index`."""
+    return f"{self.paths[int(np.searchsorted(self._ends, index, side='right'))]}, record {index}"
+
   def _open(self, number):
     return _Shard(self.paths[number], self._indexes[number])
 
