@@ -17,7 +17,7 @@ _WORKDIR = flags.DEFINE_string(
   None,
   "Folder for checkpoints, logs and results, runs/CONFIG if not given; of export, where to write.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "export"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "export", "bench"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
@@ -32,7 +32,7 @@ def main(argv):
   export = _MODE.value == "export"
   if not export:  # for an export all lies in the checkpoint
     _check_config()
-  if _MODE.value != "train" and _CHECKPOINT.value is None:
+  if _MODE.value in ("eval", "export") and _CHECKPOINT.value is None:
     sys.exit(_wrong_usage(f"--mode={_MODE.value} needs --checkpoint=WORKDIR/checkpoints/STEP"))
   if export and _WORKDIR.value is None:
     sys.exit(_wrong_usage("--mode=export needs --workdir=FOLDER to write to"))
@@ -45,6 +45,8 @@ def main(argv):
       sys.exit(export_model(_CHECKPOINT.value, _WORKDIR.value))
     if _MODE.value == "train":
       sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
+    if _MODE.value == "bench":
+      sys.exit(train.benchmark_data(_CONFIG.value))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -121,6 +123,12 @@ def _parse(argv):
     sys.exit(_wrong_usage(f"--config cannot be loaded: {type(e).__name__}: {e}"))
 
 
-if __name__ == "__main__":
+def run(mode="train"):
+  """Runs the program; `mode` where the command line names none."""
+  flags.FLAGS.set_default("mode", mode)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+  run()

@@ -14,7 +14,7 @@ import jax
 from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
-from jepa_vl.data import feed, pipeline
+from jepa_vl.data import bench, feed, pipeline
 from jepa_vl.evals import report
 from jepa_vl.model import two_tower
 
@@ -375,4 +375,18 @@ def evaluate_checkpoint(config, path):
   evals.prepare(encode, config.evals)
   trained = evals.run_all(encode, variables, run.mesh, config.evals)
   print(evals.format_table(table_with_floors(run, encode, trained)))
+  return 0
+
+
+def benchmark_data(config):
+  """--mode=bench: the data pipeline alone on this machine, and what chips need."""
+  run = build(config)
+  log.info("data: %s", run.source.identity)
+  found = bench.measure(
+    run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed
+  )
+  flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
+  # "lite" is another spelling of a chip that is there already
+  peaks = [(chip, peak) for chip, peak in metrics.PEAK_FLOPS if "lite" not in chip]
+  print(bench.table(found, config.data.workers, flops, peaks))
   return 0

@@ -14,6 +14,8 @@ RANK = {
   "export": 6,
   "main": 7,
 }  # fmt: skip
+# What `python -m` runs goes through main, which alone reads flags and says errors in words.
+PROGRAMS = {("bench.py", "main")}
 
 
 def edges():
@@ -34,7 +36,8 @@ def edges():
 def test_imports_point_downward():
   found = list(edges())
   assert len(found) > 30
-  bad = [f"{f}: {a} -> {b}" for a, b, f in found if a != b and RANK[b] >= RANK[a]]
+  upward = [(a, b, f) for a, b, f in found if a != b and RANK[b] >= RANK[a]]
+  bad = [f"{f}: {a} -> {b}" for a, b, f in upward if (f, b) not in PROGRAMS]
   assert not bad, "\n".join(bad)
 
 

@@ -84,6 +84,14 @@ class _NoBoard:
 NO_BOARD = _NoBoard()
 
 
+def _exists(process):
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  return True
+
+
 def _follow_parent(parent):
   # A worker whose training process was killed would wait for ever to hand over its batch.
   while os.getppid() == parent:
@@ -142,7 +150,7 @@ class Feed:
 
     Raises:
       TimeoutError: none came for `timeout` seconds; names what each process is at.
-      RuntimeError: a worker died. Whatever else the pipeline raises.
+      ChildProcessError: a worker died; names what it was at. Whatever the pipeline raises.
     """
     if self._first is not None:
       found, self._first = self._first, None
@@ -169,15 +177,24 @@ class Feed:
       if self._stopping():  # whoever stopped this process stopped its workers too
         log.info("no further batch beside the stop request (%s)", found)
         return None
+      dead = [process for process, *_ in self._board.read() if not _exists(process)]
+      if dead:
+        raise ChildProcessError(
+          f"a worker process of the data pipeline died: {self._at(dead)} ({found}). Exit code -9 "
+          "is most often the machine's memory at its end: lower data.workers or batch_size"
+        ) from found
       raise found
     self._free.release()
     return found
 
-  def _at(self):
+  def _at(self, processes=()):
     now, found = time.monotonic(), []
     for process, stage, index, since, _ in self._board.read():
       what = f"{STAGES[stage]} {self._where(index)}" if stage else "waiting for its turn"
-      found.append(f"process {process} has been {what} for {now - since:.0f} s")
+      if process in processes:
+        found.append(f"process {process} was {what}")
+      elif not processes:
+        found.append(f"process {process} has been {what} for {now - since:.0f} s")
     return "; ".join(found) or "the workers have not begun yet"
 
   def close(self):
