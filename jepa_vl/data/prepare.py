@@ -155,7 +155,7 @@ def _estimate(source, options, out, records, processes):
   start = time.perf_counter()
   for index in tried:
     try:
-      sizes.append(len(prepare_record(source[index], options)[0]))
+      sizes.append(len(prepare_record(source, index, options)[0]))
     except DamagedRecord as e:
       reasons[e.reason] += 1
       last = f"record {index}: {e}"
@@ -171,7 +171,7 @@ def _estimate(source, options, out, records, processes):
     f"  disk: {_size(2 * final)} until it is finished, {_size(there)} there, {_size(free)} free"
   )
   print(
-    f"  time: {_duration(seconds * records / processes)} for {records:,} records in {processes} "
+    f"  time: {_duration(seconds * records / processes)} for {records:,} records at {processes} "
     f"processes ({seconds * 1e3:.1f} ms a record), and that of writing {_size(final)} once more"
   )
   if 2 * final > 1.1 * (free + there):
@@ -229,17 +229,15 @@ def _summarise(about, out):
 
 def main(argv=None):
   """Command line; returns the exit code."""
-  arguments = _parser().parse_args(argv)
+  a = _parser().parse_args(argv)
   logging.basicConfig(level=logging.INFO, format="%(message)s")
-  a = arguments
   try:
     keys = common.Keys(a.image_key, a.caption_key, a.image_root, a.index_dir)
     source = sources.open_source(a.source, a.path, a.split, keys)
-    chosen = {f.name: getattr(a, f.name) for f in dataclasses.fields(Options) if hasattr(a, f.name)}
-    options = Options(identity=source.identity, **chosen)
     prepare(
-      source, options, a.out, processes=a.processes, shard=a.shard, dry_run=a.dry_run, path=a.path
-    )
+      source, chosen(a, source.identity), a.out, processes=a.processes, shard=a.shard,
+      dry_run=a.dry_run, path=a.path,
+    )  # fmt: skip
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return 1
@@ -247,6 +245,12 @@ def main(argv=None):
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0
+
+
+def chosen(arguments, identity):
+  """The Options of parsed arguments and of the source's identity."""
+  names = [f.name for f in dataclasses.fields(Options) if hasattr(arguments, f.name)]
+  return Options(identity=identity, **{name: getattr(arguments, name) for name in names})
 
 
 def _parser():
@@ -264,19 +268,19 @@ def _parser():
   add("--caption-key", default="", help="as data.caption_key")
   add("--image-root", default="", help="as data.image_root")
   add("--index-dir", default="", help="as data.index_dir")
-  add("--size", type=_whole(1), default=288, help="pixels of the shorter side, never enlarged. The"
-      " default, 288, is for training at 224: a square crop of 60%% of the image has as many")  # fmt: skip
+  size = "pixels of the shorter side (288: at 224, square crops of 60%% of the image still suffice)"
+  add("--size", type=_whole(1), default=288, help=size)
   add("--min-size", type=_whole(1), default=32, help="smaller images are rejected (32)")
   add("--format", choices=("jpeg", "webp"), default="jpeg", help="of images encoded anew (jpeg)")
   add("--quality", type=_whole(1, 100), default=90, help="of images encoded anew (90)")
   add("--records-per-shard", type=_whole(1), default=16384, help="at most, of a file (16384)")
-  add("--held-out", type=_whole(0), default=0, help="records, the first of the final order, that"
-      " go to held-out-*.array_record and not to train-*.array_record")  # fmt: skip
-  add("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the order of the records")
+  held_out = "first records of the final order, to go to held-out-* instead of train-* (0)"
+  add("--held-out", type=_whole(0), default=0, help=held_out)
+  add("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the order of the records (0)")
   add("--no-shuffle", dest="shuffle", action="store_false", help="keep the source's order")
   add("--processes", type=_whole(1), default=os.cpu_count() or 1, help="this machine's cores")
-  add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this machine's share of the work"
-      " (0/4, 1/4, ...); --out is a folder that all see")  # fmt: skip
+  shard = "this machine's share of the work: 0/4, 1/4, ...; all of them see --out"
+  add("--shard", type=_shard, default=(0, 1), metavar="I/N", help=shard)
   add("--dry-run", action="store_true", help="print what it will take, and stop")
   return parser
 

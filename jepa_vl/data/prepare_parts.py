@@ -22,7 +22,7 @@ from jepa_vl.data.transforms import DamagedRecord
 MAX_CAPTION = 10_000  # characters
 
 # NumPy's names and types of what is kept of every accepted record until the end.
-COLUMNS = {"hash": "<u8", "words": "<i4", "aspect": "<f4", "bytes": "<i8", "cut": "?"}
+COLUMNS = {"hash": "<u8", "words": "<i4", "aspect": "<f8", "bytes": "<i8", "cut": "?"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +92,30 @@ class Parts:
       if stopped():
         raise Stopped
       try:
-        data, row = prepare_record(self._source[index], self._options)
+        data, row = prepare_record(self._source, index, self._options)
       except DamagedRecord as e:
         rejects.append((index, e.reason, str(e)))
         continue
-      except Exception as e:
-        raise RuntimeError(f"record {index} of the source: {type(e).__name__}: {e}") from e
       rows.append(row)
       yield data
 
 
-def prepare_record(record, options):
-  """A source's record -> its bytes in ArrayRecord, and its COLUMNS. Raises DamagedRecord."""
+def prepare_record(source, index, options):
+  """A source's record -> its bytes in ArrayRecord, and its COLUMNS.
+
+  Raises:
+    DamagedRecord: it cannot be used.
+    RuntimeError: something unforeseen, with the record's index.
+  """
+  try:
+    return _prepare_record(source[index], options)
+  except DamagedRecord:
+    raise
+  except Exception as e:
+    raise RuntimeError(f"record {index} of the source: {type(e).__name__}: {e}") from e
+
+
+def _prepare_record(record, options):
   caption, cut = clean_caption(common.check_caption(record["caption"]))
   image, aspect = prepare_image(record["image"], options)
   try:
@@ -161,19 +173,18 @@ def _can_stay(data):
     return False
 
 
-_QUALITY = {"jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
-_SUFFIX = {"jpeg": ".jpg", "webp": ".webp"}
+# format: (suffix, the key of its quality, the most pixels of a side)
+_FORMATS = {
+  "jpeg": (".jpg", cv2.IMWRITE_JPEG_QUALITY, 65_500),
+  "webp": (".webp", cv2.IMWRITE_WEBP_QUALITY, 16_383),
+}
 
 
 def _encode(image, options):
-  kind = options.format
-  try:
-    done, data = cv2.imencode(
-      _SUFFIX[kind], cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [_QUALITY[kind], options.quality]
-    )
-  except cv2.error:
-    done = False
-  if not done:  # 65,500 pixels a side in JPEG, 16,383 in WebP
-    h, w = image.shape[:2]
-    raise DamagedRecord(f"image of {w} x {h} pixels does not fit into a {kind}", "image_too_large")
-  return data.tobytes()
+  suffix, quality, most = _FORMATS[options.format]
+  h, w = image.shape[:2]
+  if max(h, w) > most:
+    message = f"image of {w} x {h} pixels, and a side of a {options.format} has at most {most}"
+    raise DamagedRecord(message, "image_too_large")
+  bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+  return cv2.imencode(suffix, bgr, [quality, options.quality])[1].tobytes()

@@ -131,6 +131,7 @@ def run(maker, numbers, processes, records, verb, work):
         for future in concurrent.futures.as_completed(futures):
           bar.update(future.result())
       except concurrent.futures.process.BrokenProcessPool as e:
+        pool.shutdown()  # the others have been ended; before this they may seem to be running
         raise _died(remove_left_over(work)) from e
       except BaseException:
         stop.set()
@@ -140,9 +141,9 @@ def run(maker, numbers, processes, records, verb, work):
 
 def _died(files):
   return ChildProcessError(
-    f"a worker process died while {', '.join(files) or 'starting'} was being written: killed, "
-    "most likely for want of memory (then give fewer --processes), or crashed in a library. What "
-    "is whole is kept, and the same command goes on from there"
+    f"a worker process died while {', '.join(files) or 'nothing'} was being written: it was "
+    "killed, most likely for want of memory (then give fewer --processes), or crashed in a "
+    "library. What is whole is kept, and the same command goes on from there"
   )
 
 
