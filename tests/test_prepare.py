@@ -130,7 +130,7 @@ def test_the_dataset_is_described(source, tmp_path, capsys):
   packed = [msgpack.packb(r) for r in opened(tmp_path)]
   assert d["record_bytes"] == sum(map(len, packed))
   assert d["file_bytes"] == sum(os.path.getsize(tmp_path / n) for n in d["files"])
-  assert "accepted 297 of 330 records; rejected 33 (image_undecodable 33)" in said
+  assert "accepted 297 of 330 records\nrejected 33 (image_undecodable 33): " in said
   where = f"--config.data.source=array_record --config.data.path='{tmp_path}/train-*.array_record'"
   assert where in said
 
@@ -151,12 +151,14 @@ def test_without_shuffling_the_order_is_the_source_s(source, tmp_path):
   assert [r["label"] for r in held_out + train] == [i for i in range(COUNT) if i % 10]
 
 
-def test_a_dataset_of_one_record(tmp_path):
+def test_a_dataset_of_one_record(tmp_path, capsys):
   path = write(tmp_path / "one", [record(5)])
   assert run(path, tmp_path / "out", "--held-out=0") == 0
   (r,) = opened(tmp_path / "out")
   assert r["caption"] == "number 5"
   assert run(path, tmp_path / "none", "--held-out=1") == 1
+  assert "--held-out 1 of about 1 records leaves none" in capsys.readouterr().err
+  assert not (tmp_path / "none").exists()
 
 
 def test_images_are_never_enlarged_and_keep_their_bytes_where_they_can(tmp_path):
@@ -196,7 +198,7 @@ def test_images_are_never_enlarged_and_keep_their_bytes_where_they_can(tmp_path)
     if name == "large":
       before = transforms.resize(before, 64, 69)
     assert after.shape == before.shape
-    assert np.abs(after.astype(int) - before).mean() < 2, name
+    assert np.abs(after.astype(int) - before).mean() < 4, name
   assert transforms.decode(found["turned"]).shape == (64, 40, 3)
 
 
@@ -273,8 +275,9 @@ def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path, capsys):
   assert "no_caption 3" in capsys.readouterr().out
 
 
-def test_duplicates_are_counted_and_stay(tmp_path):
+def test_duplicates_are_counted_and_stay(tmp_path, monkeypatch):
   """The same image with the same cleaned caption, wherever in the source; not one of them alone."""
+  monkeypatch.setattr(prepare_shards, "_HASHED", 40)  # four rounds
   records = [record(i) for i in range(150)]
   records[100] = record(3)
   records[101] = record(3, caption=" number  3\n")
@@ -314,6 +317,14 @@ def test_long_captions_are_cut_between_words():
 
 
 # --- the same bytes, whatever happens
+
+
+def test_the_memory_for_gathering_does_not_change_a_byte(
+  source, undisturbed, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(prepare_shards, "_GATHERED", 30_000)  # six records of a file's 38
+  assert run(source, tmp_path) == 0
+  assert contents(tmp_path) == undisturbed
 
 
 def test_processes_and_shares_do_not_change_a_byte(source, undisturbed, tmp_path, capsys):
@@ -375,7 +386,7 @@ def test_a_disk_that_runs_full_is_said_and_the_command_goes_on(
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
   said = capsys.readouterr().err
-  assert "cannot be written (" in said and "File too large" in said and "make room" in said
+  assert "cannot be written (File too large)" in said and "make room" in said
   assert progress(out) == whole and not list(out.glob("**/*.tmp"))
   assert not list(out.glob("*.array_record"))
   assert run(source, out, *options) == 0
@@ -418,21 +429,16 @@ def options_of(out):
 
 def test_other_options_or_another_source_are_refused(source, tmp_path, capsys):
   out = tmp_path / "out"
-  for state in ("unfinished", "finished"):
-    share = "--shard=0/2" if state == "unfinished" else "--shard=0/1"
+  other = write(tmp_path / "other", [record(i) for i in range(40)])
+  for share in ("--shard=0/2", "--shard=1/2"):  # unfinished, then finished
     assert run(source, out, share) == 0
-    before = contents(out) if state == "finished" else None
+    before = {path: path.stat().st_mtime_ns for path in out.glob("**/*")}
     capsys.readouterr()
     assert run(source, out, "--quality=80", "--seed=3") == 1
-    said = capsys.readouterr().err
-    assert "quality was 90 and is now 80; seed was 0 and is now 3" in said.replace(
-      "seed was 0 and is now 3; quality was 90 and is now 80",
-      "quality was 90 and is now 80; seed was 0 and is now 3",
-    )
-    other = write(tmp_path / "other", [record(i) for i in range(40)])
+    assert "quality was 90 and is now 80; seed was 0 and is now 3" in capsys.readouterr().err
     assert run(other, out) == 1
     assert "identity was '330 records, " in capsys.readouterr().err
-    assert before is None or contents(out) == before
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("**/*")}
 
 
 def test_a_folder_with_other_data_is_not_written_to(source, tmp_path, capsys):

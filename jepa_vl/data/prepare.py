@@ -174,6 +174,11 @@ def _estimate(source, options, out, records, processes):
     f"  time: {_duration(seconds * records / processes)} for {records:,} records at {processes} "
     f"processes ({seconds * 1e3:.1f} ms a record), and that of writing {_size(final)} once more"
   )
+  usable = total * len(sizes) // len(tried)
+  if options.held_out >= usable:
+    raise ValueError(
+      f"--held-out {options.held_out} of about {usable} records leaves none to train with"
+    )
   if 2 * final > 1.1 * (free + there):
     raise ValueError(
       f"--out {out} has {_size(free)} free, and about {_size(2 * final)} are needed until it is "
@@ -213,15 +218,19 @@ def _duration(seconds):
 
 
 def _summarise(about, out):
-  rejected = sum(about["rejected"].values())
-  print(f"accepted {about['accepted']:,} of {about['read']:,} records", end="")
-  print(f"; rejected {rejected:,}{_listed(about['rejected'])}: {os.path.join(out, 'rejected.csv')}")
-  print(f"exact duplicates among the accepted: {about['exact_duplicates']:,}, all kept", end="")
-  print(f"; captions cut: {about['captions_cut']:,}")
-  print(f"{_size(about['file_bytes'])} in {len(about['files'])} files, of which held out ", end="")
-  print(f"{about['held_out']:,} records; look at {os.path.join(out, 'contact_sheet.png')}")
-  where = os.path.join(out, "train-*.array_record")
-  print(f"train with --config.data.source=array_record --config.data.path='{where}'")
+  inside = lambda name: os.path.join(out, name)
+  rejected = about["rejected"]
+  lines = (
+    f"accepted {about['accepted']:,} of {about['read']:,} records",
+    f"rejected {sum(rejected.values()):,}{_listed(rejected)}: {inside('rejected.csv')}",
+    f"exact duplicates {about['exact_duplicates']:,}, kept",
+    f"captions cut {about['captions_cut']:,}",
+    f"{_size(about['file_bytes'])} of files, {about['held_out']:,} records of them held out; "
+    f"look at {inside('contact_sheet.png')}",
+    "train with --config.data.source=array_record "
+    f"--config.data.path='{inside('train-*.array_record')}'",
+  )
+  print("\n".join(lines))
 
 
 # --- command line

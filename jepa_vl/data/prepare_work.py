@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+from concurrent.futures.process import BrokenProcessPool
 
 import tqdm
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -45,7 +46,7 @@ def _as_os_error():
   try:
     yield
   except RuntimeError as e:  # "write() failed: No space left on device; writing ...; at byte ..."
-    raise OSError(str(e).partition(";")[0]) from e
+    raise OSError(str(e).partition(";")[0].rpartition("failed: ")[2]) from e
 
 
 def open_records(path):
@@ -130,7 +131,7 @@ def run(maker, numbers, processes, records, verb, work):
         futures = [pool.submit(_make, number) for number in numbers]
         for future in concurrent.futures.as_completed(futures):
           bar.update(future.result())
-      except concurrent.futures.process.BrokenProcessPool as e:
+      except BrokenProcessPool as e:
         pool.shutdown()  # the others have been ended; before this they may seem to be running
         raise _died(remove_left_over(work)) from e
       except BaseException:
