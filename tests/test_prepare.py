@@ -393,6 +393,20 @@ def test_a_disk_that_runs_full_is_said_and_the_command_goes_on(
   assert contents(out) == contents(tmp_path / "calm")
 
 
+def test_a_part_that_was_damaged_is_named_and_can_be_made_again(
+  source, undisturbed, tmp_path, capsys
+):
+  assert run(source, tmp_path, "--shard=0/2") == 0
+  part = tmp_path / "work" / "part-00002.array_record"
+  os.truncate(part, 70_000)
+  assert run(source, tmp_path, "--shard=1/2") == 1
+  assert f"{part} cannot be read any more" in capsys.readouterr().err
+  part.unlink()
+  part.with_suffix(".npz").unlink()
+  assert run(source, tmp_path) == 0
+  assert contents(tmp_path) == undisturbed
+
+
 class Deadly:
   """Ends the worker process that reads its record 70."""
 

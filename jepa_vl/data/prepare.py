@@ -43,7 +43,8 @@ def prepare(source, options, out, *, processes=1, shard=(0, 1), dry_run=False, p
 
   Raises:
     ValueError: the folder holds other work, it does not fit on the disk, nothing can be used.
-    OSError: a file cannot be read or written.
+    OSError: a file cannot be read or written, or a worker process died.
+    RuntimeError: something unforeseen, with the record at which it happened.
   """
   work = os.path.join(out, "work")
   if _finished(out, options, work):
@@ -250,7 +251,7 @@ def main(argv=None):
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return 1
-  except (ValueError, OSError) as e:
+  except (ValueError, OSError, RuntimeError) as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0

@@ -19,7 +19,7 @@ _GATHERED = 256 << 20  # bytes of records that a process holds
 _HASHED = 32 << 20  # hashes compared at a time, 8 bytes each
 _SHOWN = 128  # images of the contact sheet
 
-# Upper bins are open: counts[i] is what lies from edges[i - 1] up to edges[i].
+# The edges of histograms: counts[i] is of what lies from edges[i - 1] on and below edges[i].
 _WORDS = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
 _ASPECTS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 0.9, 1.1, 4 / 3, 3 / 2, 2, 3, 4)
 
@@ -160,6 +160,7 @@ class Shards:
     return content.hexdigest()
 
   def write_rejects(self, path):
+    """Writes rejects() as CSV."""
     with (
       whole(path, self._work) as temporary,
       open(temporary, "w", newline="", encoding="utf-8", errors="replace") as f,
