@@ -371,6 +371,28 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(source, undisturbe
   assert sum(after[path] == before[path] for path in before) >= len(before) - 2  # kept, not remade
 
 
+def test_a_run_stopped_between_any_two_of_its_files_goes_on(
+  source, undisturbed, tmp_path, monkeypatch
+):
+  """Every run gives three files their names and is stopped at the fourth, until none is left."""
+  left, replace = 0, os.replace
+
+  def give_name(temporary, path):
+    nonlocal left
+    left -= 1
+    if left < 0:
+      raise KeyboardInterrupt
+    replace(temporary, path)
+
+  monkeypatch.setattr(os, "replace", give_name)
+  runs, code = 0, 1
+  while code and runs < 40:
+    runs, left = runs + 1, 3
+    code = run(source, tmp_path)
+  assert runs > 10  # 2 files for each of 6 parts and 8 shards, and 4 more
+  assert contents(tmp_path) == undisturbed
+
+
 @pytest.mark.parametrize(("limit", "whole"), [(100_000, 0), (600_000, 6)])
 def test_a_disk_that_runs_full_is_said_and_the_command_goes_on(
   source, tmp_path, capsys, limit, whole
