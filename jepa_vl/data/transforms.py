@@ -28,6 +28,7 @@ REASONS = (
   "no_image",
   "image_undecodable",
   "image_too_large",
+  "image_too_small",  # for `prepare`
   "no_caption",  # missing or empty
   "caption_encoding",  # not UTF-8, or no valid Unicode
 )
