@@ -92,7 +92,9 @@ def get_config():
   c.data.index_dir = ""  # folder for the indexes of tars; "": beside each tar, else ~/.cache
   c.data.split = "train"  # of sources that have several, and what "{split}" in a path stands for
   c.data.workers = 0  # processes; 0: a thread of the training process
-  c.data.max_bad_fraction = 0.01  # more unreadable records than this end the run
+  # More records than this that cannot be used, among the latest 10,000 rows of one of the run's
+  # processes, end the run; ten among them never do.
+  c.data.max_bad_fraction = 0.01
   c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)
   c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes
   c.data.flip = 0.5  # probability of a horizontal flip

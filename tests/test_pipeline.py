@@ -48,6 +48,7 @@ def test_shapes_and_types(source, tok, cfg):
     "mask": ((BATCH, 12), "bool"),
     "index": ((BATCH,), "int64"),
     "bad": ((BATCH,), "int64"),
+    "reason": ((BATCH,), "int8"),
     "truncated": ((BATCH,), "bool"),
   }
 
@@ -133,6 +134,10 @@ BAD = {
   15: record(15, tags=[1]),
   22: [1, 2, 3],
 }
+REASON = {
+  **dict.fromkeys((4, 15, 22), "malformed"), 11: "image_undecodable", 12: "image_undecodable",
+  13: "malformed", 14: "no_caption",
+}  # fmt: skip
 STANDS_IN = {4: 5, **dict.fromkeys(range(11, 16), 16), 22: 0}
 
 
@@ -149,6 +154,8 @@ def test_a_bad_record_is_replaced_by_the_next_readable_and_named(source, damaged
   expected = [STANDS_IN.get(i, i) for i in good["index"].tolist()]
   assert found["index"].tolist() == expected
   assert found["bad"].tolist() == np.where(is_bad, good["index"], -1).tolist()
+  reasons = [REASON.get(i) for i in good["index"].tolist()]
+  assert [transforms.REASONS[r] if r >= 0 else None for r in found["reason"]] == reasons
   for k in ("image", "text", "mask"):
     np.testing.assert_array_equal(found[k][~is_bad], good[k][~is_bad])
 
