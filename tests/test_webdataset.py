@@ -265,7 +265,7 @@ def test_a_size_that_is_made_up_costs_its_own_file_alone(tmp_path, caplog):
 
 def test_a_header_at_the_edge_of_what_is_read_at_once_is_found(tmp_path):
   tar = Path(write_tar(tmp_path / "x.tar", pairs(1))).read_bytes()
-  for ahead in (0, 1, 254, 255, 262, 263, 511, 512):  # of its bytes come with the first megabyte
+  for ahead in (1, 255, 262, 511):  # of its bytes come with the first megabyte
     garbage = (b"ustar" * (1 << 18))[: 512 + (1 << 20) - ahead]
     (tmp_path / "x.tar").write_bytes(garbage + tar)
     assert captions(open_tars(tmp_path / "x.tar")) == ["number 1"]

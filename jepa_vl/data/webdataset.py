@@ -260,10 +260,11 @@ def _walk(path):
     while start < size:
       last, end = _read_members(file, start, size, found)
       start = _next_header(file, max(_trusted(file, end), last), size)
-      if start < end:  # within the last file, which was cut short or lost bytes
-        if found and found[-1][2] == last:
+      if start < end:  # within the last member, which lost bytes: of its padding, or of its content
+        end = start
+        if found and found[-1][2] == last and start < last + found[-1][3]:
           found.pop()
-        end = last - _BLOCK  # its header's place
+          end = last - _BLOCK  # with its header
       if not _only_zeros(file, end, start):
         lost.append((end, start))
   return found, _amiss(lost, end, size)
@@ -283,7 +284,7 @@ def _read_members(file, start, size, found):
     where the last member's content begins, and where it ends.
   """
   file.seek(start)
-  last, end = start + _BLOCK, start  # if there is none, its header is not tried again
+  last, end = start + 1, start  # if there is none, its header is not tried again
   try:
     with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
       while (member := tar.next()) is not None:
