@@ -46,6 +46,13 @@ def test_damage_costs_no_more_than_what_it_hit(kind, tmp_path):
   assert not failed, failed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COUNTS)
+def test_nor_do_twenty_thousand_more(kind, tmp_path):
+  failed = run(kind, COUNTS[kind], 5 * COUNTS[kind], tmp_path)
+  assert not failed, failed
+
+
 @pytest.mark.parametrize(
   ("does", "said"),
   [
