@@ -92,8 +92,8 @@ def get_config():
   c.data.index_dir = ""  # folder for the indexes of tars; "": beside each tar, else ~/.cache
   c.data.split = "train"  # of sources that have several, and what "{split}" in a path stands for
   c.data.workers = 0  # processes; 0: a thread of the training process
-  # More records than this that cannot be used, among the latest 10,000 rows of one of the run's
-  # processes, end the run; ten among them never do.
+  # A larger share of records that cannot be used, among the latest 100,000 rows of a process of the
+  # run, ends it (if they are more than ten).
   c.data.max_bad_fraction = 0.01
   c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)
   c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes

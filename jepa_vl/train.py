@@ -23,7 +23,7 @@ from jepa_vl.model import two_tower
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: saved, start me again
-_WINDOW = 10_000  # rows (in whole batches) of which data.max_bad_fraction is a share
+_WINDOW = 100_000  # rows (in whole batches) of which data.max_bad_fraction is a share
 _EXAMPLES = 3  # records of each reason that the log says in full
 
 
@@ -257,7 +257,7 @@ class DataCounters:
   def __init__(self, source, max_bad_fraction):
     self._source, self._max = source, max_bad_fraction
     self._bad, self._truncated = collections.Counter(), 0  # bad ones by reason
-    self._window = collections.deque()  # (rows, bad ones by reason) of each of the latest batches
+    self._window = collections.deque()  # (rows, reasons of the bad ones) of the latest batches
     self._rows, self._recent = 0, collections.Counter()  # their sums
     self._examples = collections.defaultdict(dict)  # reason -> {index: message}, _EXAMPLES at most
 
@@ -268,7 +268,7 @@ class DataCounters:
     self._truncated += int(batch["truncated"].sum())
     self._explain(batch["bad"][replaced].tolist(), reasons)
     self._count(reasons)
-    self._slide(len(replaced), collections.Counter(reasons))
+    self._slide(len(replaced), tuple(reasons))
     recent = self._recent.total()
     if recent > max(self._max * self._rows, 10):
       raise ValueError(
@@ -296,20 +296,20 @@ class DataCounters:
       counts = ", ".join(f"{count} {reason}" for reason, count in self._bad.most_common())
       log.warning("data: records that could not be used, so far: %s", counts)
 
-  def _slide(self, rows, bad):
-    self._window.append((rows, bad))
+  def _slide(self, rows, reasons):
+    self._window.append((rows, reasons))
     self._rows += rows
-    self._recent += bad
+    self._recent.update(reasons)
     while self._rows - self._window[0][0] >= _WINDOW:
-      rows, bad = self._window.popleft()
+      rows, reasons = self._window.popleft()
       self._rows -= rows
-      self._recent -= bad
+      self._recent.subtract(reasons)
 
   def _describe(self):
     return "; ".join(
       f"{count} {reason} (record "
       + ", record ".join(f"{i}: {why}" for i, why in self._examples[reason].items()) + ")"
-      for reason, count in self._recent.most_common()
+      for reason, count in self._recent.most_common() if count
     )  # fmt: skip
 
   def read(self):

@@ -263,6 +263,19 @@ def test_a_size_that_is_made_up_costs_its_own_file_alone(tmp_path, caplog):
     assert "are no whole member" in caplog.text
 
 
+@pytest.mark.parametrize("end_mark", [True, False])
+def test_a_tar_within_a_whole_tar_is_a_file_as_any_other(tmp_path, caplog, end_mark):
+  inner = Path(write_tar(tmp_path / "inner", pairs(7))).read_bytes()
+  path = write_tar(tmp_path / "x.tar", [*pairs(0), ("a.tar", inner), *pairs(1), ("b.tar", inner)])
+  if not end_mark:
+    with tarfile.open(path) as tar:
+      end = tar.getmember("b.tar").offset_data + len(inner)
+    os.truncate(path, end)
+  source = open_tars(path)
+  assert len(source) == 4 and list(damage(source)) == [1, 3]  # a and b, without an image
+  assert "are no whole member" not in caplog.text
+
+
 def test_a_header_at_the_edge_of_what_is_read_at_once_is_found(tmp_path):
   tar = Path(write_tar(tmp_path / "x.tar", pairs(1))).read_bytes()
   for ahead in (1, 255, 262, 511):  # of its bytes come with the first megabyte

@@ -259,9 +259,11 @@ def _walk(path):
     found, lost, start, end = [], [], 0, 0
     while start < size:
       last, end = _read_members(file, start, size, found)
-      start = _next_header(file, max(_trusted(file, end), last), size)
-      if start < end:  # within the last member, which lost bytes: of its padding, or of its content
-        end = start
+      # If neither a header nor the end mark follows the last member, it lost bytes or gained some.
+      begin = end if end > start and _is_boundary(file, end) else last
+      start = _next_header(file, begin, size)
+      if start < end:
+        end = start  # it lost some of its padding, or else of its content:
         if found and found[-1][2] == last and start < last + found[-1][3]:
           found.pop()
           end = last - _BLOCK  # with its header
@@ -270,11 +272,10 @@ def _walk(path):
   return found, _amiss(lost, end, size)
 
 
-def _trusted(file, end):
-  # Whether the last member does end there: a header or the end mark follows.
-  file.seek(end)
+def _is_boundary(file, at):
+  file.seek(at)
   block = file.read(_BLOCK)
-  return end if not block.strip(b"\0") or _is_header(block) else 0
+  return not block.strip(b"\0") or _is_header(block)
 
 
 def _read_members(file, start, size, found):
