@@ -75,7 +75,7 @@ def damaged(data, rng, kinds=DAMAGE):
 
 
 def read(source, index):
-  """The record, whose image can be decoded, or None if it is damaged."""
+  """The record if its image can be decoded, else None."""
   try:
     found = source[index]
     image = transforms.decode(found["image"])
@@ -113,6 +113,9 @@ FORMATS = (
 )  # fmt: skip
 
 
+DECLARES = ("PNG", "GIF", "JPEG", "WEBP")
+
+
 def declare(data, kind, rng):
   """The image with another size in its header."""
   data = bytearray(data)
@@ -125,7 +128,7 @@ def declare(data, kind, rng):
   elif kind == "JPEG":
     at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
     data[at : at + 4] = struct.pack(">2H", side(16), side(16))
-  elif kind == "WEBP":
+  else:
     data[21:30] = rng.bytes(9)
   return bytes(data)
 
@@ -133,7 +136,8 @@ def declare(data, kind, rng):
 def image(number, rng, folder):
   options = FORMATS[number % len(FORMATS)]
   whole = encoded(PICTURES[number % 6], **options)
-  data = declare(whole, options["format"], rng) if rng.random() < 0.3 else damaged(whole, rng)
+  kind = options["format"] if rng.random() < 0.3 else ""
+  data = declare(whole, kind, rng) if kind in DECLARES else damaged(whole, rng)
   before = transforms.decode(whole)
   try:
     found = transforms.decode(data)
