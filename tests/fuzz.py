@@ -139,16 +139,25 @@ def image(number, rng, folder):
   kind = options["format"] if rng.random() < 0.3 else ""
   data = declare(whole, kind, rng) if kind in DECLARES else damaged(whole, rng)
   before = transforms.decode(whole)
-  try:
-    found = transforms.decode(data)
-  except DamagedRecord as e:
-    assert e.reason in ("image_undecodable", "image_too_large")
-  else:
-    assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
-    assert 0 < found.shape[0] * found.shape[1] <= transforms.MAX_PIXELS
-    assert transforms.centre_crop(found, 16, 1.1).shape == (16, 16, 3)
-    assert transforms.random_resized_crop(found, 16, rng, (0.1, 1.0)).shape == (16, 16, 3)
+  side = int(rng.choice([2, 4, 16]))  # a JPEG's small crops are taken from a part of its size
+  for use in (decoded, cropped):
+    try:
+      use(data, side, rng)
+    except DamagedRecord as e:
+      assert e.reason in ("image_undecodable", "image_too_large")
   np.testing.assert_array_equal(transforms.decode(whole), before)
+
+
+def decoded(data, side, rng):
+  found = transforms.decode(data)
+  assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
+  assert 0 < found.shape[0] * found.shape[1] <= transforms.MAX_PIXELS
+  assert transforms.centre_crop(found, side, 1.1).shape == (side, side, 3)
+
+
+def cropped(data, side, rng):
+  for crop in transforms.crops(data, [(rng, side, (0.1, 1.0)), (rng, side, (0.5, 1.0))]):
+    assert crop.dtype == np.uint8 and crop.shape == (side, side, 3)
 
 
 TOKENIZER = tokenizer.load("emoji")

@@ -177,6 +177,17 @@ def test_decode_takes_just_as_many_pixels_as_it_says(monkeypatch):
 
 # --- crops
 
+
+def one_stream(seed):
+  """Streams of which all are one."""
+  rng = np.random.default_rng(seed)
+  return lambda *view: rng
+
+
+def streams(*key):
+  return np.random.default_rng(key)
+
+
 SHAPES = [(1, 1), (3, 500), (500, 3), (1, 20_000), (37, 64), (64, 64), (200, 20), (15, 17)]
 
 
@@ -228,27 +239,19 @@ def test_resize_does_not_alias_along_a_side_that_shrinks(shape):
 def test_random_resized_crop_has_the_size(shape):
   image = np.full((*shape, 3), 7, np.uint8)
   for seed in range(3):
-    crop = transforms.random_resized_crop(image, 16, np.random.default_rng(seed), (0.05, 1.0))
+    wanted = [(np.random.default_rng(seed), 16, (0.05, 1.0))]
+    (crop,) = transforms.crops(png(image), wanted)
     assert crop.shape == (16, 16, 3) and (crop == 7).all()
 
 
-def boxes(monkeypatch, shape, scale, draws=300):
-  """(top, left, height, width) of the boxes that random_resized_crop cuts."""
-  coordinates = np.stack([*np.indices(shape), np.zeros(shape)], axis=-1)
-  found = []
-
-  def spy(image, height, width):
-    found.append((*image[0, 0, :2], *image.shape[:2]))
-
-  monkeypatch.setattr(transforms, "resize", spy)
+def boxes(shape, scale, draws=300):
+  """(top, left, height, width) of random boxes."""
   rng = np.random.default_rng(0)
-  for _ in range(draws):
-    transforms.random_resized_crop(coordinates, 16, rng, scale)
-  return np.array(found)
+  return np.array([transforms.random_box(*shape, rng, scale) for _ in range(draws)])
 
 
-def test_crop_boxes_cover_the_stated_areas_aspects_and_places(monkeypatch):
-  top, left, h, w = boxes(monkeypatch, (120, 120), (0.2, 0.6)).T
+def test_crop_boxes_cover_the_stated_areas_aspects_and_places():
+  top, left, h, w = boxes((120, 120), (0.2, 0.6)).T
   area, aspect = h * w / 120**2, w / h
   assert 0.19 < area.min() < 0.23 and 0.57 < area.max() < 0.61
   assert area.mean() == pytest.approx(0.4, abs=0.03)
@@ -263,8 +266,8 @@ def test_crop_boxes_cover_the_stated_areas_aspects_and_places(monkeypatch):
   ("shape", "box"),
   [((90, 180), (0, 30, 90, 120)), ((180, 90), (30, 0, 120, 90)), ((1, 9), (0, 4, 1, 1))],
 )
-def test_an_image_that_no_box_fits_gives_its_centre_at_the_nearest_aspect(monkeypatch, shape, box):
-  assert set(map(tuple, boxes(monkeypatch, shape, (0.95, 1.0), 5).tolist())) == {box}
+def test_an_image_that_no_box_fits_gives_its_centre_at_the_nearest_aspect(shape, box):
+  assert set(map(tuple, boxes(shape, (0.95, 1.0), 5).tolist())) == {box}
 
 
 def test_jitter_of_no_strength_is_the_identity():
@@ -303,11 +306,11 @@ def test_saturation_keeps_each_pixels_luma_and_contrast_the_mean():
 
 @pytest.mark.parametrize("turn", [-0.5, 0.5, 0.25])
 def test_hue_turns_keep_saturation_and_value(turn):
-  image = np.array([[[200, 40, 40], [30, 90, 160]]], np.float32) / 255
-  found = transforms._shift_hue(image, turn)
-  for before, after in zip(image[0], found[0], strict=True):
+  image = np.array([[[200, 40, 40], [30, 90, 160]]], np.uint8)
+  found = transforms.adjust_hue(image, turn)
+  for before, after in zip(image[0] / 255, found[0] / 255, strict=True):
     h, s, v = colorsys.rgb_to_hsv(*before.tolist())
-    np.testing.assert_allclose(after, colorsys.hsv_to_rgb((h + turn) % 1, s, v), atol=1e-4)
+    np.testing.assert_allclose(after, colorsys.hsv_to_rgb((h + turn) % 1, s, v), atol=3 / 255)
 
 
 def test_greyscale_is_luma_in_equal_channels():
@@ -329,13 +332,127 @@ def test_standard_applies_what_the_config_asks_for(cfg, key, expected):
     cfg[key] = 1.0
   image = noise((16, 16))
   for seed in range(5):  # the only box of all the area is the whole image
-    found = transforms.standard(image, np.random.default_rng(seed), 16, cfg)["image"]
+    found = transforms.standard(png(image), one_stream(seed), 16, cfg)["image"]
     np.testing.assert_array_equal(found, expected(image))
     assert found.flags.c_contiguous
 
 
 def test_resize_only_draws_nothing(cfg):
-  rng = np.random.default_rng(0)
-  before = rng.bit_generator.state
-  assert transforms.AUGMENT["resize"](noise((20, 30)), rng, 16, cfg)["image"].shape == (16, 16, 3)
-  assert rng.bit_generator.state == before
+  found = transforms.AUGMENT["resize"](png(noise((20, 30))), None, 16, cfg)["image"]
+  np.testing.assert_array_equal(found, transforms.resize(noise((20, 30)), 16, 16))
+
+
+JITTER = {"jitter_prob": 1.0, "jitter": (0.4, 0.4, 0.2, 0.1), "grey_prob": 0.2, "flip": 0.5}
+VIEWS = {"global_views": 3, "local_views": 2, "local_size": 8}
+
+
+def test_a_view_does_not_depend_on_the_others(cfg):
+  """Neither on how many there are, nor on what they draw."""
+  cfg.update({**JITTER, **VIEWS, "solarise_prob": (0.5, 0.5, 0.5)})
+  all_views = transforms.dino(png(IMAGE), streams, 16, cfg)
+  cfg.update({"global_views": 1, "local_views": 1})
+  fewer = transforms.dino(png(IMAGE), streams, 16, cfg)
+  np.testing.assert_array_equal(all_views["global"][:1], fewer["global"])
+  np.testing.assert_array_equal(all_views["local"][:1], fewer["local"])
+  assert (all_views["global"][1] != all_views["global"][0]).any()
+
+
+# --- reduced decoding
+
+PHOTO = cv2.resize(noise((24, 32)), (640, 480), interpolation=cv2.INTER_CUBIC)
+
+
+def spy_on_decoding(monkeypatch):
+  found, decode = [], cv2.imdecode
+
+  def imdecode(*arguments):
+    image = decode(*arguments)
+    found.append(image.shape[:2])
+    return image
+
+  monkeypatch.setattr(cv2, "imdecode", imdecode)
+  return found
+
+
+@pytest.mark.parametrize(
+  ("side", "divisor"), [(241, 1), (240, 2), (121, 2), (120, 4), (61, 4), (60, 8), (30, 8)]
+)
+def test_a_jpeg_is_decoded_at_the_smallest_size_that_the_crop_fills(monkeypatch, side, divisor):
+  sizes = spy_on_decoding(monkeypatch)
+  wanted = lambda: [(np.random.default_rng(0), side, (1.0, 1.0))]
+  # the whole image is the only box; an aspect beyond 4:3 would give none
+  (crop,) = transforms.crops(encoded(PHOTO, **JPEG), wanted())
+  assert sizes == [(480 // divisor, 640 // divisor)]
+  (exact,) = transforms.crops(png(transforms.decode(encoded(PHOTO, **JPEG))), wanted())
+  assert sizes[1:] == [(480, 640)] * 2
+  assert crop.shape == (side, side, 3)
+  assert np.abs(crop.astype(int) - exact).mean() < 3
+
+
+def test_the_largest_view_decides_and_boxes_do_not_depend_on_the_reduction(monkeypatch):
+  sizes = spy_on_decoding(monkeypatch)
+  wanted = lambda: [(streams(v), side, (0.3, 1.0)) for v, side in enumerate((100, 16, 40, 30))]
+  data = encoded(PHOTO[:479, :637], **JPEG)  # sides that 2 does not divide
+  reduced = transforms.crops(data, wanted())
+  exact = transforms.crops(png(transforms.decode(data)), wanted())
+  assert sizes[0] == (240, 319)
+  for a, b in zip(reduced, exact, strict=True):
+    assert np.abs(a.astype(int) - b).mean() < 3
+
+
+def test_a_turned_jpeg_is_cropped_upright():
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6
+  wanted = lambda: [(np.random.default_rng(3), 32, (0.2, 0.5))]
+  turned = transforms.crops(encoded(PHOTO, exif=exif, **JPEG), wanted())
+  upright = transforms.crops(png(np.rot90(PHOTO, -1).copy()), wanted())
+  assert np.abs(turned[0].astype(int) - upright[0]).mean() < 2
+  exif[0x0112] = 1
+  assert transforms._header(encoded(PHOTO, exif=exif, **JPEG)).reducible
+
+
+@pytest.mark.parametrize("divisor", [2, 4, 8])
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.9, -2])
+@pytest.mark.parametrize("options", [JPEG, {**JPEG, "progressive": True}])
+def test_reduced_decoding_refuses_a_file_that_was_cut_short(options, left, divisor):
+  data = encoded(IMAGE, **options)
+  header = transforms._header(data)
+  assert transforms._pixels(data, header, divisor).shape == (48 // divisor, 64 // divisor, 3)
+  with pytest.raises(DamagedRecord, match="cannot be decoded"):
+    transforms._pixels(data[: left if left < 0 else int(left * len(data))], header, divisor)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [JPEG, {**JPEG, "progressive": True}, {"format": "JPEG"}, {"format": "PNG"}, LOSSLESS_WEBP,
+   {"format": "GIF"}, {"format": "BMP"}, {"format": "TIFF"}, {"format": "PPM"}, {"format": "AVIF"},
+   {"format": "JPEG2000"}],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [IMAGE, GREY, PALETTE], ids=["colour", "grey", "palette"])
+def test_pillow_gives_what_opencv_gives(options, kind):
+  try:
+    data = encoded(kind, **options)
+  except OSError:  # there is no such file
+    pytest.skip("no such file")
+  opencv = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+  assert opencv is not None
+  assert np.abs(transforms._pillow(data).astype(int) - opencv).max() <= 1
+
+
+def test_pillow_turns_images_upright_and_keeps_the_high_bits():
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6
+  data = encoded(IMAGE, exif=exif, **JPEG)
+  np.testing.assert_array_equal(transforms._pillow(data), transforms.decode(data))
+  deep = cv2.imencode(".png", IMAGE[..., 0].astype(np.uint16) * 256 + 200)[1].tobytes()
+  np.testing.assert_array_equal(transforms._pillow(deep), transforms.decode(deep))
+
+
+def test_pillow_stands_in_only_where_opencv_may_lack_the_format(monkeypatch):
+  monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+  lossless = encoded(IMAGE, format="TIFF")
+  np.testing.assert_array_equal(transforms.decode(lossless), IMAGE)
+  with pytest.raises(DamagedRecord, match="of a damaged or truncated TIFF of 64 x 48"):
+    transforms.decode(lossless[:2000])
+  with pytest.raises(DamagedRecord, match="of a damaged or truncated PNG of 64 x 48"):
+    transforms.decode(png(IMAGE))

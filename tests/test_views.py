@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from records import noise
+from records import noise, png
 
 from jepa_vl import build as build_lib
 from jepa_vl import objectives
@@ -63,12 +63,12 @@ def test_blur_and_solarisation_are_of_their_views(cfg, kind):
   cfg.solarise_prob = tuple(float(i == kind) for i in range(3))
   cfg.blur_prob = (0.0, 0.0, 0.0)
   image = noise((16, 16))
-  found = transforms.dino(image, np.random.default_rng(0), 16, cfg)
+  found = transforms.dino(png(image), lambda *view: np.random.default_rng(view), 16, cfg)
   expected = np.where(image < 128, image, 255 - image)
   for of, view in zip((0, 1, 2, 2), [*found["global"], *found["local"]], strict=True):
     np.testing.assert_array_equal(view, expected if of == kind else image)
   cfg.solarise_prob, cfg.blur_prob = cfg.blur_prob, cfg.solarise_prob
-  found = transforms.dino(image, np.random.default_rng(0), 16, cfg)
+  found = transforms.dino(png(image), lambda *view: np.random.default_rng(view), 16, cfg)
   for of, view in zip((0, 1, 2, 2), [*found["global"], *found["local"]], strict=True):
     assert (view.std() < image.std()) == (of == kind)
 

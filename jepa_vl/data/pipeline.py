@@ -2,9 +2,9 @@
 
 Position p of the endless stream belongs to epoch p // n and, through that epoch's permutation, to
 one example; batch k holds positions k B .. k B + B - 1. Of a mixture, p first belongs to one of its
-sources, as that one's p'-th, with its own epochs. Augmentation and caption are keyed by
-(seed, epoch, example). Neither processes, workers nor a restart enter, so the data position of a
-run is its step number.
+sources, as that one's p'-th, with its own epochs. The caption and each view of the image draw from
+streams of their own, keyed by (seed, epoch, example, view). Neither processes, workers nor a
+restart enter, so the data position of a run is its step number.
 """
 
 import functools
@@ -75,6 +75,7 @@ class Rows:
         f"data.augment must be one of {', '.join(transforms.AUGMENT)}, got {cfg.augment!r}"
       )
     self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
+    self._augment = transforms.AUGMENT[cfg.augment]
     self._batch_size, self._seed, self._start = batch_size, seed, start_step
     self._process, self._local = process, batch_size // processes
     self._order = Order(source, seed)
@@ -86,11 +87,12 @@ class Rows:
     step, row = divmod(q, self._local)
     position = (self._start + step) * self._batch_size + self._process * self._local + row
     epoch, example = self._order[position]
-    record, image, index, reason = read_from(self._source, example)
-    rng = np.random.default_rng((self._seed, epoch, index))
+    use = functools.partial(self._images, epoch)
+    record, images, index, reason = read_from(self._source, example, use)
     cfg = self._cfg
-    images = transforms.AUGMENT[cfg.augment](image, rng, cfg.image_size, cfg)
-    caption = transforms.training_caption(record, rng, cfg.tag_prob)
+    caption = transforms.training_caption(
+      record, self._stream(epoch, index, transforms.CAPTION, 0), cfg.tag_prob
+    )
     text, mask, truncated = tokenize(
       self._tokenizer, [caption], length=cfg.text_length, readout=cfg.readout
     )
@@ -105,11 +107,26 @@ class Rows:
     }
 
 
-def read_from(source, index):
-  """The record and decoded image at `index` or, if unreadable, at the next readable index.
+  def _stream(self, *key):
+    return np.random.default_rng((self._seed, *key))
+
+  def _images(self, epoch, index, record):
+    streams = functools.partial(self._stream, epoch, index)
+    return self._augment(record["image"], streams, self._cfg.image_size, self._cfg)
+
+
+def _decoded(index, record):
+  return transforms.decode(record["image"])
+
+
+def read_from(source, index, use=_decoded):
+  """The record at `index` or, if it cannot be used, at the next index where it can.
+
+  use: function (index, record) that makes what is wanted of the image; may raise DamagedRecord.
 
   Returns:
-    record, image, its index, and the reason why the one at `index` cannot be used, or "".
+    the record, what `use` gave, its index, and the reason why the one at `index` cannot be used, or
+    "".
 
   Raises:
     ValueError: a long run of unreadable records.
@@ -118,7 +135,7 @@ def read_from(source, index):
   for _ in range(_GIVE_UP):
     try:
       record = source[i % count]
-      return record, transforms.decode(record["image"]), i % count, reason
+      return record, use(i % count, record), i % count, reason
     except DamagedRecord as e:
       last, reason = e, reason or e.reason
       i += max(e.resume - i % count, 1)
