@@ -1,5 +1,6 @@
 """The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
 
+import collections
 import concurrent.futures
 import functools
 import json
@@ -15,12 +16,15 @@ from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
 from jepa_vl.data import bench, feed, pipeline
+from jepa_vl.data.transforms import REASONS
 from jepa_vl.evals import report
 from jepa_vl.model import two_tower
 
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: saved, start me again
+_WINDOW = 100_000  # rows (in whole batches) of which data.max_bad_fraction is a share
+_EXAMPLES = 3  # records of each reason that the log says in full
 
 
 def train(config, workdir):
@@ -258,34 +262,75 @@ def _when_ready(value):
 
 
 class DataCounters:
-  """Counts what the pipeline replaced or cut, and ends the run when it is too much."""
+  """Counts what the pipeline replaced or cut, and ends the run when it is too much.
+
+  Too much is a share of the latest rows, not of all: a shard that vanishes late ends the run too.
+  """
 
   def __init__(self, source, max_bad_fraction):
-    self._source = source
-    self._max, self._rows, self._bad, self._truncated = max_bad_fraction, 0, 0, 0
-    self._seen = set()
+    self._source, self._max = source, max_bad_fraction
+    self._bad, self._truncated = collections.Counter(), 0  # bad ones by reason
+    self._window = collections.deque()  # (rows, reasons of the bad ones) of the latest batches
+    self._rows, self._recent = 0, collections.Counter()  # their sums
+    self._examples = collections.defaultdict(dict)  # reason -> {index: message}, _EXAMPLES at most
 
   def add(self, batch):
-    """Raises ValueError when more than data.max_bad_fraction of the rows were unreadable."""
-    bad = batch["bad"][batch["bad"] >= 0]
-    self._rows += len(batch["bad"])
-    self._bad += len(bad)
+    """Raises ValueError when more than data.max_bad_fraction of the window's rows were bad."""
+    replaced = batch["bad"] >= 0
+    reasons = [REASONS[code] for code in batch["reason"][replaced].tolist()]
     self._truncated += int(batch["truncated"].sum())
-    for index in sorted(set(bad.tolist()) - self._seen)[:10]:
-      log.warning(
-        "data: record %d cannot be used; the next readable one stands in (%s)",
-        index, pipeline.why_bad(self._source, index),
-      )  # fmt: skip
-    self._seen.update(bad.tolist())
-    if self._bad > max(self._max * self._rows, 10):
+    self._explain(batch["bad"][replaced].tolist(), reasons)
+    self._count(reasons)
+    self._slide(len(replaced), tuple(reasons))
+    recent = self._recent.total()
+    if recent > max(self._max * self._rows, 10):
       raise ValueError(
-        f"{self._bad} of {self._rows} training records could not be used, more than "
-        f"data.max_bad_fraction={self._max} allows; indices {sorted(self._seen)[:10]} ... Repair "
-        "the data, or raise the key"
+        f"{recent} of the latest {self._rows} training records could not be used, more than "
+        f"data.max_bad_fraction={self._max} allows: {self._describe()}. Repair the data, or raise "
+        "the key"
       )
 
+  def _explain(self, indices, reasons):
+    # Only the first few of each reason: asking costs a read in this process, and thousands of lines
+    # would hide the rest of the log.
+    for index, reason in zip(indices, reasons, strict=True):
+      known = self._examples[reason]
+      if index not in known and len(known) < _EXAMPLES:
+        known[index] = pipeline.why_bad(self._source, index)
+        log.warning(
+          "data: record %d cannot be used; the next readable one stands in (%s)",
+          index, known[index],
+        )  # fmt: skip
+
+  def _count(self, reasons):
+    before = self._bad.total()
+    self._bad.update(reasons)
+    if len(str(self._bad.total())) > len(str(before)):  # at 10, 100, 1000, ...
+      counts = ", ".join(f"{count} {reason}" for reason, count in self._bad.most_common())
+      log.warning("data: records that could not be used, so far: %s", counts)
+
+  def _slide(self, rows, reasons):
+    self._window.append((rows, reasons))
+    self._rows += rows
+    self._recent.update(reasons)
+    while self._rows - self._window[0][0] >= _WINDOW:
+      rows, reasons = self._window.popleft()
+      self._rows -= rows
+      self._recent.subtract(reasons)
+
+  def _describe(self):
+    return "; ".join(
+      f"{count} {reason} (record "
+      + ", record ".join(f"{i}: {why}" for i, why in self._examples[reason].items()) + ")"
+      for reason, count in self._recent.most_common() if count
+    )  # fmt: skip
+
   def read(self):
-    return {"data/bad_records": self._bad, "data/truncated_captions": self._truncated}
+    """Counts since the run began: all bad records, those of each reason that occurred, cut ones."""
+    by_reason = {f"data/bad/{reason}": count for reason, count in self._bad.items()}
+    return {
+      "data/bad_records": self._bad.total(), **by_reason, "data/truncated_captions": self._truncated
+    }  # fmt: skip
 
 
 class StopSignal:

@@ -1,9 +1,12 @@
 """Batches are a function of (seed, step); bad records are replaced or named, never dropped."""
 
+import os
+
 import numpy as np
 import pytest
-from records import noise, png, record, write
+from records import noise, pair, png, record, write, write_tar
 
+from jepa_vl import train
 from jepa_vl.data import pipeline, sources, transforms
 from jepa_vl.data.sources import DamagedRecord
 
@@ -48,6 +51,7 @@ def test_shapes_and_types(source, tok, cfg):
     "mask": ((BATCH, 12), "bool"),
     "index": ((BATCH,), "int64"),
     "bad": ((BATCH,), "int64"),
+    "reason": ((BATCH,), "int8"),
     "truncated": ((BATCH,), "bool"),
   }
 
@@ -133,6 +137,10 @@ BAD = {
   15: record(15, tags=[1]),
   22: [1, 2, 3],
 }
+REASON = {
+  **dict.fromkeys((4, 15, 22), "malformed"), 11: "image_undecodable", 12: "image_undecodable",
+  13: "malformed", 14: "no_caption",
+}  # fmt: skip
 STANDS_IN = {4: 5, **dict.fromkeys(range(11, 16), 16), 22: 0}
 
 
@@ -149,6 +157,8 @@ def test_a_bad_record_is_replaced_by_the_next_readable_and_named(source, damaged
   expected = [STANDS_IN.get(i, i) for i in good["index"].tolist()]
   assert found["index"].tolist() == expected
   assert found["bad"].tolist() == np.where(is_bad, good["index"], -1).tolist()
+  reasons = [REASON.get(i) for i in good["index"].tolist()]
+  assert [transforms.REASONS[r] if r >= 0 else None for r in found["reason"]] == reasons
   for k in ("image", "text", "mask"):
     np.testing.assert_array_equal(found[k][~is_bad], good[k][~is_bad])
 
@@ -181,6 +191,73 @@ def test_only_bad_records_is_an_error(tmp_path, tok, cfg):
     take(source, tok, cfg, 1)
   with pytest.raises(ValueError, match="none of the 3 records"):
     pipeline.evaluation_rows(source, image_size=16, resize_ratio=1.0)
+
+
+def cut(path):
+  os.truncate(path, 100)
+
+
+@pytest.fixture
+def shards(tmp_path):
+  """Many files of a few records: 40 tars, 10 of each other format; and the mixture of them."""
+  pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  for i in range(40):
+    write_tar(tmp_path / f"{i:02d}.tar", [*pair(i), *pair(i + 100)])
+  for i in range(10):
+    write(tmp_path / f"{i}.array_record", [record(n, tags=[]) for n in range(4)])
+    rows = {"image": [png(noise((9, 12), n)) for n in range(4)], "caption": list("abcd")}
+    pq.write_table(pa.table(rows), tmp_path / f"{i}.parquet", row_group_size=2)
+    (tmp_path / f"{i}.png").write_bytes(png(noise((9, 12), i)))
+    lines = "".join(f"{i}.png\trow {n}\n" for n in range(4))
+    (tmp_path / f"{i}.tsv").write_text("path\ttext\n" + lines)
+  formats = {"webdataset": "tar", "array_record": "array_record", "parquet": "parquet"}
+  formats["table"] = "tsv"
+  return tmp_path, [
+    sources.open_source(k, str(tmp_path / f"*.{v}"), "") for k, v in formats.items()
+  ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("vanish", [os.remove, cut])
+def test_shards_that_vanish_in_the_run_are_replaced_and_end_it_by_the_budget(
+  shards, tok, cfg, workers, vanish
+):
+  folder, opened = shards
+  cfg.workers = workers
+  source = sources.Mixture(opened, [0.25] * 4)
+  batches = pipeline.batches(source, tok, cfg, batch_size=2, seed=SEED, start_step=0)
+  counters = train.DataCounters(source, 0.01)
+  counters.add(next(batches))
+  # All tars, and half of the files of the other formats. What a process holds open it still reads
+  # when it was removed; of ArrayRecord that may be all.
+  kinds = ("array_record", "parquet", "tsv")
+  for name in [*folder.glob("*.tar"), *(f"{i}.{kind}" for i in range(5) for kind in kinds)]:
+    vanish(folder / name)
+  seen = [next(batches) for _ in range(100)]
+  found = rows(seen)
+  bad = found["bad"][found["bad"] >= 0]
+  per_part = np.histogram(bad, [0, 80, 120, 160, 200])[0]
+  assert per_part[0] > 10 and per_part[2:].all()
+  assert all(i < 80 or i % 40 < 20 for i in bad.tolist())
+  assert not np.isin(found["index"][found["bad"] >= 0], bad).any()
+  reasons = {transforms.REASONS[r] for r in found["reason"].tolist() if r >= 0}
+  assert reasons == {"unreadable"}
+  with pytest.raises(ValueError, match=r"\d+ unreadable \(record .*\.(tar|tsv|parquet) cannot be"):
+    for batch in seen:
+      counters.add(batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_data_is_all_gone_ends_in_words(shards, tok, cfg, workers):
+  folder, opened = shards
+  cfg.workers = workers
+  batches = pipeline.batches(opened[0], tok, cfg, batch_size=2, seed=SEED, start_step=0)
+  next(batches)
+  for path in folder.glob("*.tar"):
+    cut(path)
+  with pytest.raises(Exception, match="80 records in a row from .* cannot be used .last: .*tar"):
+    for _ in range(50):
+      next(batches)
 
 
 def test_long_captions_are_flagged_in_the_batch(tmp_path, tok, cfg):

@@ -109,6 +109,8 @@ def test_bad_rows_are_damaged_records(folder):
 def test_what_is_no_table_is_said(folder):
   with pytest.raises(ValueError, match="first line must name the columns: no image.*found img/0.p"):
     open_table(folder / "x.tsv", "img/0.png\tno header\n")
+  with pytest.raises(ValueError, match="first line must name the columns: .*new-line character"):
+    open_table(folder / "x.csv", "path\rtext\nimg/0.png,a\n")
   with pytest.raises(ValueError, match="is a .tsv, .csv or .jsonl file"):
     open_table(folder / "x.txt", "a\tb\n")
   with pytest.raises(ValueError, match="hold no row"):

@@ -218,15 +218,70 @@ def test_an_empty_or_foreign_tar_is_said_and_left_out(tmp_path, caplog, content,
     open_tars(tmp_path / "a.tar")
 
 
-def test_garbage_in_the_middle_ends_the_tar_and_is_said(tmp_path, caplog):
+def test_garbage_in_the_middle_is_said_and_passed_over(tmp_path, caplog):
   whole = bytearray(Path(write_tar(tmp_path / "x.tar", pairs(0, 1, 2))).read_bytes())
   with tarfile.open(tmp_path / "x.tar") as tar:
-    at = tar.getmember("000001.png").offset
+    at, after = (tar.getmember(f"000001.{kind}").offset for kind in ("png", "txt"))
   whole[at : at + 512] = b"x" * 512
   (tmp_path / "x.tar").write_bytes(whole)
   with caplog.at_level(logging.WARNING, LOGGER):
-    assert captions(open_tars(tmp_path / "x.tar")) == ["number 0"]
-  assert f"bytes from byte {at} on are no whole member" in caplog.text
+    source = open_tars(tmp_path / "x.tar")
+  assert f"{after - at} bytes from byte {at} on are no whole member" in caplog.text
+  assert source[0]["caption"] == "number 0" and source[2]["caption"] == "number 2"
+  assert list(damage(source)) == [1] and "no image" in damage(source)[1]
+  assert source[2]["image"] == png(noise((20, 24), 2))
+
+
+@pytest.mark.parametrize("cut", [0, 700, 1000, 1536])
+@pytest.mark.parametrize("end_mark", [True, False])
+def test_tars_in_one_file_are_all_read(tmp_path, caplog, cut, end_mark):
+  """One after the other, the first without its end mark or cut anywhere: headers shift with it."""
+  names = [Path(write_tar(tmp_path / f"{i}.tar", pairs(i, i + 1))) for i in (0, 2)]
+  first, second = (path.read_bytes() for path in names)
+  with tarfile.open(names[0]) as tar:
+    last = tar.getmembers()[-1]
+  end = len(first) if end_mark else last.offset_data + 512
+  (tmp_path / "x").write_bytes((first[: last.offset - cut] if cut else first[:end]) + second)
+  with caplog.at_level(logging.WARNING, LOGGER):
+    source = open_tars(tmp_path / "x")
+  assert [source[i]["caption"] for i in (0, -2 + len(source), -1 + len(source))] == [
+    "number 0", "number 2", "number 3"]  # fmt: skip
+  assert list(damage(source)) == ([1] if cut and len(source) == 4 else [])
+  assert ("bytes from byte" in caplog.text) == bool(cut)
+
+
+def test_a_size_that_is_made_up_costs_its_own_file_alone(tmp_path, caplog):
+  """One that goes beyond the end, with the right checksum; and one below zero."""
+  for size in (8**11 - 1, -1024):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+      for name, data in pairs(0, 1, 2):
+        info = tarfile.TarInfo(name)
+        info.size = size if name == "000001.png" else len(data)
+        tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512))
+    source = open_tars(tmp_path / "x.tar")
+    assert list(damage(source)) == [1] and source[2]["image"] == png(noise((20, 24), 2))
+    assert "are no whole member" in caplog.text
+
+
+@pytest.mark.parametrize("end_mark", [True, False])
+def test_a_tar_within_a_whole_tar_is_a_file_as_any_other(tmp_path, caplog, end_mark):
+  inner = Path(write_tar(tmp_path / "inner", pairs(7))).read_bytes()
+  path = write_tar(tmp_path / "x.tar", [*pairs(0), ("a.tar", inner), *pairs(1), ("b.tar", inner)])
+  if not end_mark:
+    with tarfile.open(path) as tar:
+      end = tar.getmember("b.tar").offset_data + len(inner)
+    os.truncate(path, end)
+  source = open_tars(path)
+  assert len(source) == 4 and list(damage(source)) == [1, 3]  # a and b, without an image
+  assert "are no whole member" not in caplog.text
+
+
+def test_a_header_at_the_edge_of_what_is_read_at_once_is_found(tmp_path):
+  tar = Path(write_tar(tmp_path / "x.tar", pairs(1))).read_bytes()
+  for ahead in (1, 255, 262, 511):  # of its bytes come with the first megabyte
+    garbage = (b"ustar" * (1 << 18))[: 512 + (1 << 20) - ahead]
+    (tmp_path / "x.tar").write_bytes(garbage + tar)
+    assert captions(open_tars(tmp_path / "x.tar")) == ["number 1"]
 
 
 def test_compressed_tars_and_buckets_are_refused_in_words(tmp_path):

@@ -49,6 +49,8 @@ def _record(reader, index):
     data = reader[index]
   except Exception as e:  # the reader has a family of its own
     raise DamagedRecord(f"cannot be read ({type(e).__name__}: {e})", "unreadable") from e
+  if not data:  # what the reader gives, without an error, of a file that was cut while it is open
+    raise DamagedRecord("has no bytes; its file may have been cut short", "unreadable")
   try:
     record = msgpack.unpackb(data)
   except Exception as e:  # and so has msgpack

@@ -152,7 +152,11 @@ def _open(path):
 def _footer(path):
   try:
     with _open(path) as file:
-      return file.metadata
+      footer = file.metadata
+    rows = [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != footer.num_rows:
+      raise ValueError(f"its footer speaks of {footer.num_rows} rows and of {sum(rows)}")
+    return footer
   except OSError as e:
     raise OSError(f"{path} cannot be opened ({e})") from e
   except ValueError as e:

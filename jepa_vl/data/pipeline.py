@@ -66,7 +66,7 @@ class Rows:
 
   `image` (S, S, 3) uint8, or `global` (Vg, S, S, 3) and `local` (Vl, S', S', 3); `text` (L,) int32,
   `mask` (L,) bool; host side: `index` (the example), `bad` (the first unreadable index that it
-  replaces, or -1) and `truncated`.
+  replaces, or -1), `reason` (why, by its place in transforms.REASONS, or -1) and `truncated`.
   """
 
   def __init__(
@@ -90,9 +90,8 @@ class Rows:
     step, row = divmod(q, self._local)
     position = (self._start + step) * self._batch_size + self._process * self._local + row
     epoch, example = self._order[position]
-    record, images, index = read_from(
-      self._source, example, functools.partial(self._images, epoch), self._board
-    )
+    use = functools.partial(self._images, epoch)
+    record, images, index, reason = read_from(self._source, example, use, self._board)
     self._board.enter(feed.TOKENISING, index)
     cfg = self._cfg
     caption = transforms.training_caption(
@@ -107,7 +106,8 @@ class Rows:
       "text": text[0],
       "mask": mask[0],
       "index": np.int64(index),
-      "bad": np.int64(example if index != example else -1),
+      "bad": np.int64(example if reason else -1),
+      "reason": np.int8(transforms.REASONS.index(reason) if reason else -1),
       "truncated": truncated[0],
     }
 
@@ -131,24 +131,25 @@ def read_from(source, index, use=_decoded, board=feed.NO_BOARD):
   use: function (index, record) that makes what is wanted of the image; may raise DamagedRecord.
 
   Returns:
-    the record, what `use` gave, its index.
+    the record, what `use` gave, its index, and the reason why the one at `index` cannot be used, or
+    "".
 
   Raises:
     ValueError: a long run of unreadable records.
   """
-  count, i = len(source), index
+  count, i, reason = len(source), index, ""
   for _ in range(_GIVE_UP):
     try:
       board.enter(feed.READING, i % count)
       record = source[i % count]
-      return record, use(i % count, record), i % count
+      return record, use(i % count, record), i % count, reason
     except DamagedRecord as e:
-      reason = e
+      last, reason = e, reason or e.reason
       i += max(e.resume - i % count, 1)
     if i >= index + count:
       break
   raise ValueError(
-    f"{min(count, i - index)} records in a row from {index} cannot be used (last: {reason}); "
+    f"{min(count, i - index)} records in a row from {index} cannot be used (last: {last}); "
     "check that data.path names image-caption records"
   )
 

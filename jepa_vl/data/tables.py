@@ -48,10 +48,10 @@ class Table:
       return []
     with open(path, "rb") as f:
       line = f.read(int(starts[1]))
-    header = _cells(path, line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
     try:
+      header = _cells(path, line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
       self._columns(header)
-    except DamagedRecord as e:
+    except (DamagedRecord, csv.Error) as e:
       raise ValueError(f"{path}, whose first line must name the columns: {e}") from e
     return header
 

@@ -11,6 +11,8 @@ import PIL.Image
 import PIL.ImageOps
 
 cv2.setNumThreads(0)  # parallelism is the pipeline's: threads here would fight its workers
+# What cannot be decoded is said by whoever asked, with its place.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # What an image may declare, 300 MB as RGB: a file of a few kilobytes can declare any size, and
 # OpenCV takes it at its word up to 2^30 pixels, in every worker. Pillow warns from 89 million on.

@@ -27,8 +27,10 @@ from jepa_vl.data.transforms import DamagedRecord
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _OPEN_FILES = 64  # tars held open by one process
+_BLOCK = 512  # bytes of a tar's header
+_MAGIC, _MAGIC_AT = b"ustar", 257  # what a header contains, and where
 
 
 class WebDataset:
@@ -250,38 +252,108 @@ def _write(path, content):
 
 
 def _walk(path):
-  """[(key, kind, offset, size)] of a tar's whole files, and what is amiss with its end or ""."""
+  """[(key, kind, offset, size)] of a tar's whole files, and what is amiss with it or "".
+
+  After damage, and after an end mark, it goes on at the next header.
+  """
   with open(path, "rb") as file:
     if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
       raise ValueError(f"{path} is compressed; samples are read by their place: unpack it first")
     size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    found, end = [], 0
-    try:
-      with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
-        while (member := tar.next()) is not None:
-          tar.members = []  # it would keep them all
-          if member.offset_data + member.size > size and member.isreg():
-            end = member.offset
-            break
-          end = tar.offset
-          name = common.split_name(member.name)
-          if name and member.isreg() and not member.issparse():
-            found.append((name[0], name[1].lower(), member.offset_data, member.size))
-    except (tarfile.TarError, EOFError, ValueError):  # damaged from here on
-      pass
-    return found, _after(file, end, size)
+    found, lost, start, end = [], [], 0, 0
+    while start < size:
+      last, end = _read_members(file, start, size, found)
+      # If neither a header nor the end mark follows the last member, it lost bytes or gained some.
+      begin = end if end > start and _is_boundary(file, end) else last
+      start = _next_header(file, begin, size)
+      if start < end:
+        end = start  # it lost some of its padding, or else of its content:
+        if found and found[-1][2] == last and start < last + found[-1][3]:
+          found.pop()
+          end = last - _BLOCK  # with its header
+      if not _only_zeros(file, end, start):
+        lost.append((end, start))
+  return found, _amiss(lost, end, size)
 
 
-def _after(file, end, size):
-  # A tar ends in blocks of zeros.
-  if end >= size:
-    return "it is empty" if not size else "it has no end mark and may have been cut short"
-  file.seek(end)
+def _is_boundary(file, at):
+  file.seek(at)
+  block = file.read(_BLOCK)
+  return not block.strip(b"\0") or _is_header(block)
+
+
+def _read_members(file, start, size, found):
+  """Adds the whole files from `start` to an end mark or damage.
+
+  Returns:
+    where the last member's content begins, and where it ends.
+  """
+  file.seek(start)
+  last, end = start + 1, start  # if there is none, its header is not tried again
+  try:
+    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+      while (member := tar.next()) is not None:
+        tar.members = []  # it would keep them all
+        if tar.offset <= end or min(tar.offset, member.offset_data + member.size) > size:
+          break
+        last, end = member.offset_data, tar.offset
+        name = common.split_name(member.name)
+        if name and member.isreg() and not member.issparse():
+          found.append((name[0], name[1].lower(), member.offset_data, member.size))
+  except OSError:
+    raise
+  except Exception:  # damaged from here on; the module has no family for all that it meets then
+    pass
+  return last, min(end, size)
+
+
+def _next_header(file, start, size):
+  """Where the next header at `start` or later begins, or `size`.
+
+  It is known by its magic and checksum, at any byte: bytes that were lost or doubled shift all that
+  follows. Images and captions contain none, unless they were made to.
+  """
+  file.seek(start)
+  data, at = b"", start  # `data` begins at byte `at` of the file
   while block := file.read(1 << 20):
+    data += block
+    place = data.find(_MAGIC)
+    while 0 <= place <= len(data) - (_BLOCK - _MAGIC_AT):
+      begin = place - _MAGIC_AT
+      if begin >= 0 and _is_header(data[begin : begin + _BLOCK]):
+        return at + begin
+      place = data.find(_MAGIC, place + 1)
+    at += max(len(data) - (_BLOCK - 1), 0)
+    data = data[-(_BLOCK - 1) :]  # a header may go on in the next block
+  return size
+
+
+def _is_header(block):
+  try:
+    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size >= 0
+  except tarfile.HeaderError:
+    return False
+
+
+def _only_zeros(file, start, stop):
+  file.seek(start)
+  while start < stop and (block := file.read(min(stop - start, 1 << 20))):
     if block.strip(b"\0"):
-      return f"{size - end} bytes from byte {end} on are no whole member (cut short or damaged)"
-  return ""
+      return False
+    start += len(block)
+  return True
+
+
+def _amiss(lost, end, size):
+  if lost:
+    (start, stop), more = lost[0], len(lost) - 1
+    return (
+      f"{stop - start} bytes from byte {start} on are no whole member (cut short or damaged)"
+      + (f", nor are those in {more} other places" if more else "")
+    )
+  if end < size:  # a tar ends in blocks of zeros
+    return ""
+  return "it has no end mark and may have been cut short" if size else "it is empty"
 
 
 def main(argv=None):
