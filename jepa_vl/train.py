@@ -107,7 +107,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   if config.data.workers and start < config.steps:
     data = _start_workers(data)
   counters = DataCounters(run.source, config.data.max_bad_fraction)
-  flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
+  flops = 3 * two_tower.forward_flops(run.model, run.view_sides, run.text_rows)
   meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start)
   due = lambda every, step: every and step % every == 0 and step > start
