@@ -109,6 +109,9 @@ def get_config():
   c.data.blur_prob = (1.0, 0.1, 0.5)  # dino: first global view, other global ones, local ones
   c.data.solarise_prob = (0.0, 0.2, 0.0)  # dino: the same three
   c.data.tag_prob = 0.5  # how often tags, if there are any, join the caption on both sides
+  c.data.text_packing = False  # captions share rows of the text tower: same numbers, less time
+  c.data.packing_group = 32  # captions that share rows; divides a device's rows of a micro-batch
+  c.data.packing_tokens = 32  # mean tokens per caption, EOT included, that there is room for
   c.data.eval_resize = 256 / 224  # shorter side over crop side in evaluations
 
   c.evals = ConfigDict()  # name -> what jepa_vl/evals/__init__.py documents

@@ -40,6 +40,7 @@ def get_config(names=""):
 
   c.data.source = "emoji"
   c.data.tag_prob = 0.9
+  c.data.packing_tokens = 13  # captions have 10 on average
   c.data.crop_scale = (0.5, 1.0)
   c.data.grey_prob = 0.1
 

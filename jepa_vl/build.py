@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from jepa_vl import evals, objectives, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl import step as step_lib
-from jepa_vl.data import sources, transforms
+from jepa_vl.data import packing, sources, transforms
 from jepa_vl.data import tokenizer as tokenizer_lib
 from jepa_vl.evals import common
 from jepa_vl.model import two_tower
@@ -68,6 +69,8 @@ MINIMUM = {
   "data.global_views": 1,
   "data.local_views": 0,
   "data.local_size": 1,
+  "data.packing_group": 1,
+  "data.packing_tokens": 1,
 }
 
 
@@ -94,8 +97,15 @@ class Run:
         "image_size": c.model.image_size,
         "text_length": c.text.length,
         "readout": c.text.readout,
+        "accumulate": c.accumulate,
       }
     )
+
+  @property
+  def text_rows(self):
+    """Rows of the text tower per caption."""
+    cfg = self.data_config
+    return packing.rows_per_group(cfg) / cfg.packing_group if cfg.text_packing else 1
 
   @property
   def view_sides(self):
@@ -126,6 +136,8 @@ def build(config, *, training=True):
   if training:
     check_batch(config, mesh)
     check_objective(config)
+    if config.data.text_packing:
+      check_packing(config, mesh)
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
   data = config.data
@@ -198,6 +210,29 @@ def check_objective(config):
     raise ValueError(
       f"model.patch_size={patch} does not divide data.local_size={data.local_size}; use a multiple "
       f"of {patch}, for example {max(data.local_size // patch, 1) * patch}"
+    )
+
+
+def check_packing(config, mesh):
+  """Raises ValueError if captions cannot share rows as `data.packing_*` ask."""
+  data, text = config.data, config.text
+  if text.readout != "eot":
+    raise ValueError(
+      f"data.text_packing reads each caption at its EOT, and text.readout={text.readout!r} at the "
+      "end of its row: set text.readout='eot', or data.text_packing=False"
+    )
+  if data.packing_tokens > text.length:
+    raise ValueError(
+      f"data.packing_tokens={data.packing_tokens} is more than a caption may have, "
+      f"text.length={text.length}; use somewhat more than the captions' mean, EOT included"
+    )
+  shards = sharding.batch_shards(mesh)
+  rows = config.batch_size // config.accumulate // shards
+  if rows % data.packing_group:
+    raise ValueError(
+      f"data.packing_group={data.packing_group} does not divide the {rows} rows of a device "
+      f"(batch_size={config.batch_size} / accumulate={config.accumulate} / {shards} devices); "
+      f"use {math.gcd(data.packing_group, rows)}"
     )
 
 
@@ -287,7 +322,7 @@ def describe(run, start):
     "model: %s, %.1fM parameters (image tower %.1fM, text tower %.1fM, heads and predictors "
     "%.1fM), %.3g GFLOP forward per pair",
     config.model.size, total, image, text, total - image - text,
-    two_tower.forward_flops(run.model, run.view_sides) / 1e9,
+    two_tower.forward_flops(run.model, run.view_sides, run.text_rows) / 1e9,
   )  # fmt: skip
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",

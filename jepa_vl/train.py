@@ -110,7 +110,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     start_step=start, process=jax.process_index(), processes=jax.process_count(), board=board,
   )  # fmt: skip
   counters = DataCounters(run.source, config.data.max_bad_fraction)
-  flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
+  flops = 3 * two_tower.forward_flops(run.model, run.view_sides, run.text_rows)
   meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start, board)
   due = lambda every, step: every and step % every == 0 and step > start

@@ -8,16 +8,19 @@ restart enter, so the data position of a run is its step number.
 """
 
 import functools
+import math
 
 import grain
 import numpy as np
 
-from jepa_vl.data import feed, transforms
+from jepa_vl.data import feed, packing, transforms
 from jepa_vl.data.tokenizer import tokenize
 from jepa_vl.data.transforms import DamagedRecord
 
 # The rest of a batch stays on the host.
-MODEL_KEYS = ("image", "global", "local", "text", "mask")
+MODEL_KEYS = (
+  "image", "global", "local", "text", "mask", "packed_text", "packed_position", "packed_readout"
+)  # fmt: skip
 
 # So many unreadable records in a row mean that the data set is broken, not one record of it.
 _GIVE_UP = 1000
@@ -168,20 +171,30 @@ def batches(
 ):
   """Iterator over this process's rows of the global batches start_step, start_step + 1, ...
 
-  cfg: the config's `data` sub-tree with `image_size`, `text_length` and `readout` added.
+  cfg: the config's `data` sub-tree with `image_size`, `text_length`, `readout` and `accumulate`
+    added. With `text_packing` the batch's captions come as `packing.pack` lays them.
   board: the feed.Board on which the processes say what they are at.
 
   Raises:
-    ValueError: `batch_size` is not a multiple of the number of processes.
+    ValueError: `batch_size` is not a multiple of the number of processes, or a process's share
+      not one of the packed groups.
   """
   if batch_size % processes:
     raise ValueError(f"batch_size={batch_size} is not a multiple of the {processes} processes")
+  share = batch_size // processes
+  if cfg.text_packing and share % (cfg.packing_group * cfg.accumulate):
+    raise ValueError(
+      f"data.packing_group={cfg.packing_group} x accumulate={cfg.accumulate} does not divide the "
+      f"{share} rows of a process; use {math.gcd(cfg.packing_group, share // cfg.accumulate)}"
+    )
   rows = Rows(
     source, tokenizer, cfg, batch_size=batch_size, seed=seed, start_step=start_step,
     process=process, processes=processes, board=board or feed.NO_BOARD,
   )  # fmt: skip
   # Batched before it is iterated: workers take turns by element, and an element must be a batch.
-  ds = grain.MapDataset.source(rows).batch(batch_size // processes)
+  ds = grain.MapDataset.source(rows).batch(share)
+  if cfg.text_packing:
+    ds = ds.map(functools.partial(packing.pack, cfg=cfg))
   ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
   if cfg.workers:
     ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers))

@@ -23,8 +23,22 @@ def readout_positions(mask, how):
   raise ValueError(f"text.readout must be 'eot' or 'last', got {how!r}")
 
 
+def own_caption(position):
+  """Keys that do not lie before a token's caption, (B, L, L) bool; the rest is causal attention's.
+
+  position: (B, L) int32, the place of each token in its caption; 0 in padding, which so sees
+  nothing but itself.
+  """
+  t = jnp.arange(position.shape[1])
+  return t >= (t - position)[..., None]
+
+
 class GPT(nn.Module):
   """Tokens (B, L) int32 and mask (B, L) bool -> the readout token's hidden state, (B, W).
+
+  Or captions packed several to a row, in G groups of g captions in R rows: tokens (G, R, L), the
+  position of each in its caption, and `readout`, (G, g), the place r L + t of each caption's EOT
+  -> (G g, W), what the captions give one by one.
 
   Initialisation as GPT-2: normal 0.02, residual projections scaled by 1/sqrt(2 depth).
   """
@@ -40,8 +54,8 @@ class GPT(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, text, mask):
-    L = text.shape[1]
+  def __call__(self, text, mask=None, *, position=None, readout=None):
+    L = text.shape[-1]
     if self.length < L:
       raise ValueError(f"{L} tokens, but the text tower has text.length={self.length} positions")
     init = nn.initializers.normal(0.02)
@@ -50,17 +64,26 @@ class GPT(nn.Module):
       self.vocab_size, self.width, embedding_init=init, dtype=self.dtype, name="token_embedding"
     )
     positions = self.param("position_embedding", init, (self.length, self.width))
-    x = embed(text) + positions[:L].astype(self.dtype)
-    x = constrain(x, "batch", None, None)  # (B, L, W)
+    if position is None:  # one caption to a row
+      positions = positions[:L]
+      # Padding lies behind the EOT readout, which causal attention never sees: no mask is needed.
+      keys = None if self.readout == "eot" else mask[:, None, None, :]
+      readout = readout_positions(mask, self.readout)[:, None]
+    else:
+      text, position = text.reshape(-1, L), position.reshape(-1, L)  # (G R, L)
+      positions = positions[position]
+      keys = own_caption(position)[:, None]
+    x = embed(text) + positions.astype(self.dtype)
+    x = constrain(x, "batch", None, None)  # (B, L, W), or (G R, L, W)
 
     block = dict(
       heads=self.heads, causal=True, gelu_tanh=True, norm_eps=1e-5,
       kernel_init=init, out_init=out_init, dtype=self.dtype,
     )  # fmt: skip
-    # Padding lies behind the EOT readout, which causal attention never sees: no mask is needed.
-    keys = None if self.readout == "eot" else mask[:, None, None, :]
     with jax.named_scope("gpt"):
       x = Blocks(self.depth, self.scan, self.remat, block, name="tower")(x, keys)
-    # The norm acts on each token alone, so only the readout token is normalised.
-    x = x[jnp.arange(x.shape[0]), readout_positions(mask, self.readout)]
+    # The norm acts on each token alone, so only the readout token is normalised. Taken along an
+    # axis, and not by indices of rows, no token leaves its device.
+    x = x.reshape(len(readout), -1, self.width)
+    x = jnp.take_along_axis(x, readout[..., None], axis=1).reshape(-1, self.width)
     return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="final_norm")(x)

@@ -16,7 +16,7 @@ REMAT = {
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; mask: (B, 1, 1, L) bool over keys or None."""
+  """Multi-head self-attention; mask: (B, 1, 1 or L, L) bool over keys or None."""
 
   heads: int
   causal: bool

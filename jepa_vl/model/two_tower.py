@@ -27,10 +27,11 @@ SIZES = {
 class TwoTower(nn.Module):
   """batch -> out: embeddings z_img, z_txt and predictions p_img, p_txt, (B, D) float32.
 
-  A batch may hold images, captions or both. Of images (`image`), out also has the
-  frozen-backbone features, `cls` (B, W) and `patches` (B, N, W). Of several views of each image
-  (`global` (B, Vg, S, S, 3) and, if any, `local` (B, Vl, S', S', 3): LeVLJEPA+), out has the
-  views' embeddings, `views` (V, B, D), global ones first; z_img is then the mean of the global
+  A batch may hold images, captions or both; captions one to a row (`text`, `mask`) or several
+  (`packed_text`, `packed_position`, `packed_readout`, as GPT takes them). Of images (`image`), out
+  also has the frozen-backbone features, `cls` (B, W) and `patches` (B, N, W). Of several views of
+  each image (`global` (B, Vg, S, S, 3) and, if any, `local` (B, Vl, S', S', 3): LeVLJEPA+), out has
+  the views' embeddings, `views` (V, B, D), global ones first; z_img is then the mean of the global
   ones, and p_img is predicted from every view, (V, B, D), or from that mean (`predict_from`).
   Each of `scalars`, pairs of name and initial value, is a learned scalar of that name in out.
   """
@@ -90,10 +91,17 @@ class TwoTower(nn.Module):
       out |= {"cls": cls, "patches": patches}
     if "global" in batch:
       out |= self._embed_views(batch, train)
-    if "text" in batch:
-      z = self.text_head(self.text(batch["text"], batch["mask"]), train=train)
+    if "text" in batch or "packed_text" in batch:
+      z = self.text_head(self._read(batch), train=train)
       out |= {"z_txt": z, "p_txt": self.text_predictor(z, train=train)}
     return out
+
+  def _read(self, batch):
+    if "text" in batch:
+      return self.text(batch["text"], batch["mask"])
+    return self.text(
+      batch["packed_text"], position=batch["packed_position"], readout=batch["packed_readout"]
+    )
 
   def _embed_views(self, batch, train):
     # One tower call per size, and one pass of each BatchNorm over all views. The views of an image
@@ -158,10 +166,12 @@ def dummy_batch(model, rows):
   }
 
 
-def forward_flops(model, sides=()):
+def forward_flops(model, sides=(), text_rows=1):
   """Analytic FLOPs of one image-caption pair forward: matrix products only, 2 per multiply-add.
 
   sides: the side in pixels of every view of the image; () for the one image of `image_size`.
+  text_rows: rows of the text tower per caption, below 1 where captions share them. All of a row
+  counts, padding too: it is what is computed.
 
   ViT-B/16 at 224 px with GPT-2-base at 77 tokens and D = 256: 48.5e9; a training step costs three
   times as much.
@@ -177,4 +187,4 @@ def forward_flops(model, sides=()):
   embedding = 2 * (width * hidden + hidden * D)
   predictions = len(sides) if model.predict_from == "views" else 1
   heads = (len(sides) + 1) * embedding + (predictions + 1) * predictor
-  return images + tower(model.text_length) + heads
+  return images + text_rows * tower(model.text_length) + heads
