@@ -127,6 +127,9 @@ def run(mode="train"):
   """Runs the program; `mode` where the command line names none."""
   flags.FLAGS.set_default("mode", mode)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  # The last batches of grain's workers stay in shared memory until Python, at exit, removes them
+  # and remarks on it, in a process that only the environment reaches.
+  os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
   app.run(main, flags_parser=_parse)
 
 

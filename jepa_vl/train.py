@@ -430,7 +430,7 @@ def benchmark_data(config):
   found = bench.measure(
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed
   )
-  flops = 3 * two_tower.forward_flops(run.model, run.view_sides)
+  flops = 3 * two_tower.forward_flops(run.model, run.view_sides, run.text_rows)
   # "lite" is another spelling of a chip that is there already
   peaks = [(chip, peak) for chip, peak in metrics.PEAK_FLOPS if "lite" not in chip]
   print(bench.table(found, config.data.workers, flops, peaks))

@@ -27,10 +27,14 @@ def mixture(tmp_path):
   return sources.Mixture(opened, [0.4, 0.3, 0.3])
 
 
-def resident():
+def children():
+  return {process.pid for process in multiprocessing.active_children()}
+
+
+def resident(workers):
   """Bytes of memory that this process and its workers hold."""
   total = 0
-  for pid in [os.getpid(), *(p.pid for p in multiprocessing.active_children())]:
+  for pid in (os.getpid(), *workers):
     with open(f"/proc/{pid}/statm") as f:
       total += PAGE * int(f.read().split()[1])
   return total
@@ -44,10 +48,12 @@ def test_batches_leave_nothing_behind(mixture, tok, cfg, workers, count):
   cfg.workers, cfg.image_size = workers, 8
   batches = pipeline.batches(mixture, tok, cfg, batch_size=2, seed=0, start_step=0)
   counters = train.DataCounters(mixture, max_bad_fraction=1.0)
+  others = children()  # of tests before this one
   for number in range(count):
     counters.add(next(batches))
     if number == 2_000:
-      before = resident()
-      assert len(multiprocessing.active_children()) == workers
+      own = children() - others
+      assert len(own) == workers
+      before = resident(own)
   assert counters.read()["data/bad_records"] > count / 500
-  assert resident() - before < 2e6
+  assert resident(own) - before < 2e6

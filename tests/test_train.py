@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import presets
 from jepa_vl import encoder, metrics, train
-from jepa_vl.data import pipeline
+from jepa_vl.data import feed, pipeline
 from jepa_vl.data.transforms import REASONS, DamagedRecord
 
 
@@ -189,3 +189,18 @@ def test_bad_records_within_the_budget_never_end_the_run():
     counters.add(rows({i: "unreadable"}, of=2))
   with pytest.raises(ValueError, match="11 of the latest 22"):
     counters.add(rows({10: "unreadable"}, of=2))
+
+
+@pytest.mark.parametrize(
+  ("slow", "advice"), [(feed.READING, "the disk or network is slow"), (feed.DECODING, "smaller")]
+)
+def test_waiting_names_what_the_pipeline_spends_its_time_on(config, slow, advice):
+  board = feed.Board()
+  for stage in (feed.READING, feed.DECODING, feed.TOKENISING):
+    board.enter(stage, 3)
+    time.sleep(0.3 if stage == slow else 0.01)
+  board.enter(feed.WAITING)
+  said = train.StepLog(config, None, None, None, 0, board)._starved(0.25)
+  board.close()
+  assert "25% of the time is spent waiting for data" in said and advice in said
+  assert re.search(rf"{feed.STAGES[slow]} (8|9)\d%", said)
