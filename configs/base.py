@@ -94,7 +94,7 @@ def get_config():
   c.data.workers = 0  # processes; 0: a thread of the training process
   c.data.timeout = 600.0  # seconds without a batch that end the run; 0: never
   # A larger share of records that cannot be used, among the latest 100,000 rows of a process of the
-  # run, ends it (if they are more than ten).
+  # run, ends it (if they are more than ten, and more than chance explains).
   c.data.max_bad_fraction = 0.01
   c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)
   c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes

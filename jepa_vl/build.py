@@ -66,6 +66,7 @@ MINIMUM = {
   "objective.group_size": 0,
   "optim.warmup": 0,
   "data.workers": 0,
+  "data.timeout": 0.0,
   "data.global_views": 1,
   "data.local_views": 0,
   "data.local_size": 1,

@@ -124,7 +124,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     ) as data,
   ):  # fmt: skip
     if start < config.steps:
-      data.start(shield=config.data.workers)
+      data.start(config.data.workers)
     # This order is a contract: a checkpoint holds the state before step `step` is taken, and
     # the data position is that number, so a resumed run takes exactly the batch that is next.
     for step in range(start, config.steps + 1):
@@ -144,21 +144,20 @@ def _loop(run, workdir, start, state, checkpoints, writer):
         break
 
       asked = time.perf_counter()
-      found = None
       try:
-        found = data.next()
-      finally:
-        # Asked to stop and no batch, or the pipeline failed: the step before is the last. Of
-        # several processes the others may be a step further.
-        if found is None and step > start and jax.process_count() == 1:
+        rows, failure = take(data, counters), None
+      except Exception as e:
+        rows, failure = None, e
+      if rows is None:  # the pipeline failed, or a stop was asked for while no batch came
+        # Of several processes the others may be a step further.
+        if not failure or (step > start and jax.process_count() == 1):
           steps.flush(progress)
           checkpoints.save(step, state, run.meta)
-      if found is None:
+        if failure:
+          raise failure
         break
-      batch, rows = found
       # Time in data.next() costs nothing while the device is still busy with the step before.
       waited = time.perf_counter() - max(asked, steps.idle_since())
-      counters.add(batch)
       with jax.set_mesh(run.mesh):
         state, values = run.train_step(state, rows)
       steps.flush(progress)  # the step before, while this one runs
@@ -171,6 +170,16 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     return PREEMPTED
   finish(run, encode, state, step, writer, workdir)
   return 0
+
+
+def take(data, counters):
+  """The next batch's rows on the devices, counted, or None if a stop was asked for meanwhile."""
+  found = data.next()
+  if found is None:
+    return None
+  batch, rows = found
+  counters.add(batch)
+  return rows
 
 
 def put_rows(batch, mesh):
@@ -282,8 +291,9 @@ class DataCounters:
     self._explain(batch["bad"][replaced].tolist(), reasons)
     self._count(reasons)
     self._slide(len(replaced), tuple(reasons))
-    recent = self._recent.total()
-    if recent > max(self._max * self._rows, 10):
+    recent, allowed = self._recent.total(), self._max * self._rows
+    # Three standard deviations more than allowed: chance does not end a run.
+    if recent > max(allowed + 3 * allowed**0.5, 10):
       raise ValueError(
         f"{recent} of the latest {self._rows} training records could not be used, more than "
         f"data.max_bad_fraction={self._max} allows: {self._describe()}. Repair the data, or raise "

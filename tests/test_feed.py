@@ -34,7 +34,7 @@ def make(batches, board=None, *, where=str, stopping=lambda: False, timeout=0, p
   found = feed.Feed(
     batches, put, board=board or feed.Board(), where=where, stopping=stopping, timeout=timeout
   )
-  found.start(shield=0)
+  found.start(workers=0)
   return found
 
 
@@ -141,10 +141,26 @@ def test_a_worker_that_was_killed_is_an_error_at_once(tmp_path, tok, cfg, board)
     f.next()
     os.kill(board.read()[0][0], signal.SIGKILL)
     begun = time.monotonic()
-    with pytest.raises(ChildProcessError, match=r"process \d+ was .*exit code -9"):
+    with pytest.raises(ChildProcessError, match=r"exit code -9\): process \d+ has been "):
       for _ in range(1000):
         f.next()
     assert time.monotonic() - begun < 60
+
+
+def test_an_error_in_a_worker_is_told_as_it_is(tmp_path, tok, cfg, board):
+  cfg.workers = 2
+  source = sources.ArrayRecord(write(tmp_path / "x.array_record", [b"no record"] * 20))
+  batches = pipeline.batches(source, tok, cfg, batch_size=4, seed=0, start_step=0, board=board)
+  with make(batches, board, where=source.where, put=len) as f, pytest.raises(Exception) as e:
+    f.next()
+  assert "records in a row" in str(e.value) and not isinstance(e.value, ChildProcessError)
+
+
+def test_files_that_were_cleared_away_end_nothing(board):
+  board.enter(READING, 1)
+  board.close()
+  board.enter(DECODING, 1)
+  assert board.read() == [] and board.shares() == {}
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):

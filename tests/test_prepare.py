@@ -508,6 +508,45 @@ def test_what_does_not_fit_is_refused_before_it_is_begun(source, tmp_path, capsy
   assert not (tmp_path / "out").exists()
 
 
+def test_storage_that_goes_away_is_no_part_of_rejects(tmp_path, capsys, monkeypatch):
+  """It ends the run, and once it is back the same command makes the same files."""
+  for i in range(200):
+    for name, data in pair(i):
+      (tmp_path / "pairs" / name).parent.mkdir(exist_ok=True)
+      (tmp_path / "pairs" / name).write_bytes(data)
+  command = lambda out, *more: run(tmp_path / "pairs", tmp_path / out, *more, source="folder")
+  assert command("whole") == 0
+  estimate = prepare._estimate
+
+  def then_it_goes(*arguments):
+    estimate(*arguments)
+    os.rename(tmp_path / "pairs", tmp_path / "away")
+
+  monkeypatch.setattr(prepare, "_estimate", then_it_goes)
+  assert command("out") == 1
+  said = capsys.readouterr().err
+  assert "64 of 64 records in a row have no readable file, the first: record 0" in said
+  assert "--max-unreadable" in said and not (tmp_path / "out" / "dataset.json").exists()
+  monkeypatch.setattr(prepare, "_estimate", estimate)
+  os.rename(tmp_path / "away", tmp_path / "pairs")
+  assert command("out") == 0
+  assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+  for i in range(0, 64, 4):  # a quarter of the first stretch is missing for good
+    (tmp_path / "pairs" / f"{i:06d}.png").unlink()
+    (tmp_path / "pairs" / f"{i:06d}.png").symlink_to("nowhere")
+  assert command("some") == 1 and command("some", "--max-unreadable=1") == 0
+  assert about(tmp_path / "some")["rejected"] == {"unreadable": 16}
+
+
+def test_what_sources_say_of_keys_is_said_of_flags(source, tmp_path, capsys):
+  assert run(source, tmp_path / "out", "--path=/nowhere/*") == 1
+  said = capsys.readouterr().err
+  assert "--path='/data" in said and "data.path" not in said
+  with pytest.raises(SystemExit):
+    prepare.main(["--source=webdataset", f"--out={tmp_path}"])
+  assert "--path is needed" in capsys.readouterr().err
+
+
 def test_data_of_which_nothing_can_be_used_is_refused(source, tmp_path, capsys):
   assert run(source, tmp_path / "out", "--min-size=1000") == 1
   assert "none of the 256 records that were tried can be used" in capsys.readouterr().err

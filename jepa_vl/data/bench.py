@@ -3,10 +3,9 @@
 python -m jepa_vl.data.bench --config=configs/mine.py [--config.data.workers=N]
 """
 
-import os
 import time
 
-from jepa_vl.data import feed, pipeline
+from jepa_vl.data import common, feed, pipeline
 
 _SECONDS = 8.0  # of each measurement
 
@@ -18,7 +17,8 @@ def measure(source, tokenizer, cfg, *, batch_size, seed):
     {"core": examples/s, "stages": {name: seconds}, "workers": examples/s or None}.
   """
   # A batch is kept small, for a first figure within seconds whatever the config asks for.
-  arguments = dict(batch_size=min(batch_size, 64), seed=seed, start_step=0)
+  unit = cfg.packing_group * cfg.accumulate if cfg.text_packing else 1
+  arguments = dict(batch_size=min(batch_size, -(-64 // unit) * unit), seed=seed, start_step=0)
   alone = type(cfg)({**cfg, "workers": 0})
   board = feed.Board()
   try:
@@ -59,10 +59,10 @@ def table(found, workers, flops, peaks):
   lines.append(f"{'all, on one core':<18}{1e3 / found['core']:>14.3f}{found['core']:>13,.0f}")
   core = found["core"]
   if found["workers"]:
-    core = found["workers"] / min(workers, os.cpu_count())
+    core = found["workers"] / min(workers, common.cores())
     lines.append(
       f"{f'{workers} workers':<18}{1e3 / found['workers']:>14.3f}{found['workers']:>13,.0f}"
-      f"   {core:,.0f} a core; this machine has {os.cpu_count()}"
+      f"   {core:,.0f} a core of {common.cores()}"
     )
   lines += [
     "",

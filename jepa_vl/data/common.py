@@ -118,6 +118,11 @@ def image_bytes(value, folder):
   return read_file(value if "://" in value else os.path.join(os.path.expanduser(folder), value))
 
 
+def cores():
+  """The cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # As WebDataset's own: the key is the folder and the name up to its first dot, the rest is the kind.
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 

@@ -20,6 +20,7 @@ import time
 log = logging.getLogger(__name__)
 
 _WARN_AFTER = 20.0  # seconds without a batch, and again after as many more
+_START = 60.0  # seconds in which workers start
 
 # What a process is at; the times spent on the last three tell what limits the pipeline.
 STAGES = ("waiting", "reading", "decoding", "tokenising")
@@ -58,12 +59,15 @@ class Board:
   def read(self):
     """(process id, stage, record, since, seconds spent by stage) of every process."""
     found = []
-    for name in sorted(os.listdir(self._folder), key=int):
-      with open(os.path.join(self._folder, name), "rb") as f:
-        data = f.read()
-      if len(data) == _FORMAT.size:
-        stage, index, since, *spent = _FORMAT.unpack(data)
-        found.append((int(name), stage, index, since, spent))
+    try:
+      for name in sorted(os.listdir(self._folder), key=int):
+        with open(os.path.join(self._folder, name), "rb") as f:
+          data = f.read()
+        if len(data) == _FORMAT.size:
+          stage, index, since, *spent = _FORMAT.unpack(data)
+          found.append((int(name), stage, index, since, spent))
+    except FileNotFoundError:  # cleared away with what else is old in /tmp: no reason to end a run
+      pass
     return found
 
   def shares(self):
@@ -82,14 +86,6 @@ class _NoBoard:
 
 
 NO_BOARD = _NoBoard()
-
-
-def _exists(process):
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  return True
 
 
 def _follow_parent(parent):
@@ -111,22 +107,21 @@ class Feed:
     self._batches, self._put, self._board, self._where = batches, put, board, where
     self._stopping, self._timeout = stopping, timeout
     self._ready, self._free = queue.Queue(), threading.Semaphore(1)
-    self._closed, self._first = False, None
+    self._closed = False
 
-  def start(self, shield):
-    """Begins to take batches; with `shield`, waits for the first one and ignores Ctrl-C meanwhile.
+  def start(self, workers):
+    """Begins to take batches, and ignores Ctrl-C until so many worker processes have started.
 
     A terminal sends Ctrl-C to every process. Workers inherit that it is ignored, so that they still
     serve the loop, which alone answers it.
     """
-    thread = threading.Thread(target=self._fill, daemon=True)
-    if not shield:
-      thread.start()
-      return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begun, before = time.monotonic(), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-      thread.start()
-      self._first = self.next()
+      threading.Thread(target=self._fill, daemon=True).start()
+      while len(self._board.read()) < workers and self._ready.empty():
+        if self._stopping() or time.monotonic() - begun > _START:
+          break
+        time.sleep(0.05)
     finally:
       signal.signal(signal.SIGINT, before)
 
@@ -150,11 +145,8 @@ class Feed:
 
     Raises:
       TimeoutError: none came for `timeout` seconds; names what each process is at.
-      ChildProcessError: a worker died; names what it was at. Whatever the pipeline raises.
+      ChildProcessError: a worker died; names what each was at. Whatever the pipeline raises.
     """
-    if self._first is not None:
-      found, self._first = self._first, None
-      return found
     asked, warnings = time.monotonic(), 0
     while True:
       try:
@@ -177,24 +169,21 @@ class Feed:
       if self._stopping():  # whoever stopped this process stopped its workers too
         log.info("no further batch beside the stop request (%s)", found)
         return None
-      dead = [process for process, *_ in self._board.read() if not _exists(process)]
-      if dead:
+      if isinstance(found, RuntimeError) and "terminated unexpectedly" in str(found):  # grain's
         raise ChildProcessError(
-          f"a worker process of the data pipeline died: {self._at(dead)} ({found}). Exit code -9 "
-          "is most often the machine's memory at its end: lower data.workers or batch_size"
+          f"a worker process of the data pipeline died ({found.args[0].partition('.')[0]}): "
+          f"{self._at()}. Exit code -9 is most often the machine's memory at its end: lower "
+          "data.workers or batch_size, and the same command goes on"
         ) from found
       raise found
     self._free.release()
     return found
 
-  def _at(self, processes=()):
+  def _at(self):
     now, found = time.monotonic(), []
     for process, stage, index, since, _ in self._board.read():
       what = f"{STAGES[stage]} {self._where(index)}" if stage else "waiting for its turn"
-      if process in processes:
-        found.append(f"process {process} was {what}")
-      elif not processes:
-        found.append(f"process {process} has been {what} for {now - since:.0f} s")
+      found.append(f"process {process} has been {what} for {now - since:.0f} s")
     return "; ".join(found) or "the workers have not begun yet"
 
   def close(self):

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -36,10 +37,13 @@ from jepa_vl.data.transforms import DamagedRecord
 _TRIED = 256  # records that the estimate is made from
 
 
-def prepare(source, options, out, *, processes=1, shard=(0, 1), dry_run=False, path=""):
+def prepare(
+  source, options, out, *, processes=1, shard=(0, 1), dry_run=False, path="", max_unreadable=1.0
+):
   """Does what is left to do of a source into the folder `out`; prints what there is and was.
 
   shard: (i, n), the i-th of n shares of the work. path: of the source, to be written down.
+  max_unreadable: a larger share of a part's records without a readable file is an error.
 
   Raises:
     ValueError: the folder holds other work, it does not fit on the disk, nothing can be used.
@@ -49,7 +53,7 @@ def prepare(source, options, out, *, processes=1, shard=(0, 1), dry_run=False, p
   work = os.path.join(out, "work")
   if _finished(out, options, work):
     return
-  parts = Parts(source, options, work)
+  parts = Parts(source, options, work, max_unreadable)
   mine = [c for c in range(shard[0], len(parts), shard[1]) if not parts.done(c)]
   if mine or dry_run:
     _estimate(source, options, out, sum(len(parts.stretch(c)) for c in mine), processes)
@@ -239,22 +243,30 @@ def _summarise(about, out):
 
 def main(argv=None):
   """Command line; returns the exit code."""
-  a = _parser().parse_args(argv)
+  parser = _parser()
+  a = parser.parse_args(argv)
+  if not a.path and a.source != "emoji":
+    parser.error("--path is needed: the files of --source, as in data.path")
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   try:
     keys = common.Keys(a.image_key, a.caption_key, a.image_root, a.index_dir)
     source = sources.open_source(a.source, a.path, a.split, keys)
     prepare(
       source, chosen(a, source.identity), a.out, processes=a.processes, shard=a.shard,
-      dry_run=a.dry_run, path=a.path,
+      dry_run=a.dry_run, path=a.path, max_unreadable=a.max_unreadable,
     )  # fmt: skip
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from here", file=sys.stderr)
     return 1
   except (ValueError, OSError, RuntimeError) as e:
-    print(f"error: {e}", file=sys.stderr)
+    # What the sources say names keys of the configuration; here they are flags.
+    flag = lambda match: "--" + match[1].replace("_", "-")
+    print("error: " + re.sub(rf"(?:--config\.)?data\.({_KEYS})\b", flag, str(e)), file=sys.stderr)
     return 1
   return 0
+
+
+_KEYS = "source|path|split|image_key|caption_key|image_root|index_dir"
 
 
 def chosen(arguments, identity):
@@ -288,7 +300,9 @@ def _parser():
   add("--held-out", type=_whole(0), default=0, help=held_out)
   add("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the order of the records (0)")
   add("--no-shuffle", dest="shuffle", action="store_false", help="keep the source's order")
-  add("--processes", type=_whole(1), default=os.cpu_count() or 1, help="this machine's cores")
+  add("--processes", type=_whole(1), default=common.cores(), help="this machine's cores")
+  unreadable = "share of a stretch's records whose files may be missing; more ends the run, as the"
+  add("--max-unreadable", type=float, default=0.1, help=f"{unreadable} storage may be gone (0.1)")
   shard = "this machine's share of the work: 0/4, 1/4, ...; all of them see --out"
   add("--shard", type=_shard, default=(0, 1), metavar="I/N", help=shard)
   add("--dry-run", action="store_true", help="print what it will take, and stop")

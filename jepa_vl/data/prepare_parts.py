@@ -52,8 +52,9 @@ class Parts:
   number of records `read` and the rejects, as JSON [[source index, reason, message], ...].
   """
 
-  def __init__(self, source, options, work):
+  def __init__(self, source, options, work, max_unreadable=1.0):
     self._source, self._options, self._work = source, options, work
+    self._max_unreadable = max_unreadable
     # Short enough to keep many processes busy, whatever their number: the bytes must not hang on it
     self._length = min(4096, max(64, -(-len(source) // 256)))
 
@@ -75,17 +76,28 @@ class Parts:
     """Writes a part -> how many records were read.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: it cannot be written, or too many of its records have no readable file.
       Stopped: stopped() has become true.
     """
     rows, rejects = [], []
     records = self._records(self.stretch(number), rows, rejects, stopped)
     write_records(self.path(number), records, self._work)
     read = len(self.stretch(number))
+    self._check(rejects, read)
     columns = {name: np.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()}
     with whole(self.path(number, "npz"), self._work) as temporary, open(temporary, "wb") as f:
       np.savez(f, read=read, rejects=json.dumps(rejects), **columns)
     return read
+
+  def _check(self, rejects, read):
+    # A disk or network that went away must not become a part without half its records.
+    gone = [(index, message) for index, reason, message in rejects if reason == "unreadable"]
+    if len(gone) > max(10, self._max_unreadable * read):
+      raise OSError(
+        f"{len(gone)} of {read} records in a row have no readable file, the first: record "
+        f"{gone[0][0]}: {gone[0][1]}. If the storage was away, the same command goes on; if they "
+        "are missing for good, allow it with --max-unreadable=1"
+      )
 
   def _records(self, indices, rows, rejects, stopped):
     for index in indices:
