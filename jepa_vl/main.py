@@ -44,7 +44,7 @@ def main(argv):
     if export:
       sys.exit(export_model(_CHECKPOINT.value, _WORKDIR.value))
     if _MODE.value == "train":
-      sys.exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
+      _exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     if _MODE.value == "bench":
       sys.exit(train.benchmark_data(_CONFIG.value))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
@@ -55,7 +55,17 @@ def main(argv):
     if _DEBUG.value:
       raise
     print(f"error: {_in_words(e)}", file=sys.stderr)
-    sys.exit(1)
+    _exit(1)
+
+
+def _exit(code):
+  from jepa_vl.data import feed
+
+  if feed.is_stuck():  # all is saved and closed; a read that never returns must not keep us
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def _check_config():

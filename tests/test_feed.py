@@ -71,16 +71,31 @@ def test_an_error_comes_after_the_batches_before_it():
       f.next()
 
 
-def never():
-  threading.Event().wait()
-  yield
-
-
 def test_a_stop_request_does_not_wait_for_a_batch():
-  stop = threading.Event()
-  with make(never(), stopping=stop.is_set) as f:
+  stop, answered = threading.Event(), threading.Event()
+
+  def batches():
+    answered.wait()
+    yield 1
+
+  with make(batches(), stopping=stop.is_set) as f:
     threading.Timer(0.5, stop.set).start()
     assert f.next() is None
+  answered.set()
+
+
+def test_a_read_that_never_returns_is_known_at_the_end():
+  answered = threading.Event()
+
+  def batches():
+    answered.wait()
+    yield 1
+
+  with make(batches()):
+    pass
+  assert feed.is_stuck(0.2)
+  answered.set()
+  assert not feed.is_stuck()
 
 
 # --- what the processes are at
@@ -107,9 +122,13 @@ def hanging(tmp_path):
     for name, data in pair(i):
       (tmp_path / name).write_bytes(data)
   source = sources.open_source("folder", str(tmp_path), "")
-  (tmp_path / "000003.png").unlink()
-  os.mkfifo(tmp_path / "000003.png")
-  return source
+  image = tmp_path / "000003.png"
+  image.rename(tmp_path / "image")
+  os.mkfifo(image)
+  yield source
+  image.rename(tmp_path / "pipe")
+  (tmp_path / "image").rename(image)
+  os.close(os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK))  # whoever reads it may end
 
 
 @pytest.mark.parametrize("workers", [0, 2])

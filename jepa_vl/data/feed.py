@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _WARN_AFTER = 20.0  # seconds without a batch, and again after as many more
 _START = 60.0  # seconds in which workers start
+_THREAD = "feed"
 
 # What a process is at; the times spent on the last three tell what limits the pipeline.
 STAGES = ("waiting", "reading", "decoding", "tokenising")
@@ -95,6 +96,14 @@ def _follow_parent(parent):
   os._exit(1)
 
 
+def is_stuck(patience=5.0):
+  """Whether a closed Feed still waits for a batch, whose read Python would wait for at its end."""
+  threads = [t for t in threading.enumerate() if t.name == _THREAD]
+  for thread in threads:
+    thread.join(patience)
+  return any(thread.is_alive() for thread in threads)
+
+
 class Feed:
   """Takes batches in a thread, one ahead of the loop, and hands their rows to the device there.
 
@@ -117,7 +126,7 @@ class Feed:
     """
     begun, before = time.monotonic(), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-      threading.Thread(target=self._fill, daemon=True).start()
+      threading.Thread(target=self._fill, daemon=True, name=_THREAD).start()
       while len(self._board.read()) < workers and self._ready.empty():
         if self._stopping() or time.monotonic() - begun > _START:
           break
