@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from configs import base
-from jepa_vl.data import pipeline, sources, tokenizer, transforms
+from jepa_vl.data import bench, pipeline, sources, tokenizer, transforms
 
 SIZE, BATCH, SHARDS, LENGTH = 224, 64, 8, 77
 PICTURES, SAMPLES = 192, 4096
@@ -158,14 +158,6 @@ LOADERS = {"ours": ours, "PyTorch DataLoader": pytorch, "webdataset": webdataset
 FLOORS = {"floor, ours": floor_ours, "floor, plain": floor_plain}
 
 
-def rate(batches, rows, seconds):
-  count, start = 0, time.perf_counter()
-  while time.perf_counter() - start < seconds:
-    next(batches)
-    count += rows
-  return count / (time.perf_counter() - start)
-
-
 def compare(folder, workers, seconds, rounds):
   """{name: images/s and core of each round}."""
   found = {}
@@ -177,7 +169,7 @@ def compare(folder, workers, seconds, rounds):
       for _ in range(4 + 4 * workers):  # begins, warms up, and what was made ahead goes
         next(batches)
       rows = BATCH if name in LOADERS else 1
-      found.setdefault(name, []).append(rate(batches, rows, seconds) / max(workers, 1))
+      found.setdefault(name, []).append(bench.rate(batches, rows, seconds) / max(workers, 1))
   return found
 
 

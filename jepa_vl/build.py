@@ -103,10 +103,11 @@ class Run:
     )
 
   @property
-  def text_rows(self):
-    """Rows of the text tower per caption."""
+  def flops(self):
+    """FLOPs that one pair's training takes, forward and backward, in rows that may be shared."""
     cfg = self.data_config
-    return packing.rows_per_group(cfg) / cfg.packing_group if cfg.text_packing else 1
+    text_rows = packing.rows_per_group(cfg) / cfg.packing_group if cfg.text_packing else 1
+    return 3 * two_tower.forward_flops(self.model, self.view_sides, text_rows)
 
   @property
   def view_sides(self):
@@ -323,7 +324,7 @@ def describe(run, start):
     "model: %s, %.1fM parameters (image tower %.1fM, text tower %.1fM, heads and predictors "
     "%.1fM), %.3g GFLOP forward per pair",
     config.model.size, total, image, text, total - image - text,
-    two_tower.forward_flops(run.model, run.view_sides, run.text_rows) / 1e9,
+    run.flops / 3e9,
   )  # fmt: skip
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",

@@ -39,6 +39,8 @@ def main(argv):
   _start_logging()
   try:
     from jepa_vl import train  # late: a usage error should not wait for JAX
+    from jepa_vl.build import build
+    from jepa_vl.data import bench
     from jepa_vl.export import export as export_model
 
     if export:
@@ -46,7 +48,7 @@ def main(argv):
     if _MODE.value == "train":
       _exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
     if _MODE.value == "bench":
-      sys.exit(train.benchmark_data(_CONFIG.value))
+      sys.exit(bench.report(build(_CONFIG.value)))
     sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
   except KeyboardInterrupt:
     print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -1,6 +1,5 @@
 """The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
 
-import collections
 import concurrent.futures
 import functools
 import json
@@ -15,16 +14,13 @@ import jax
 from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
-from jepa_vl.data import bench, feed, pipeline
-from jepa_vl.data.transforms import REASONS
+from jepa_vl.data import feed, pipeline
+from jepa_vl.data.counters import DataCounters
 from jepa_vl.evals import report
-from jepa_vl.model import two_tower
 
 log = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit code: saved, start me again
-_WINDOW = 100_000  # rows (in whole batches) of which data.max_bad_fraction is a share
-_EXAMPLES = 3  # records of each reason that the log says in full
 
 
 def train(config, workdir):
@@ -110,8 +106,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     start_step=start, process=jax.process_index(), processes=jax.process_count(), board=board,
   )  # fmt: skip
   counters = DataCounters(run.source, config.data.max_bad_fraction)
-  flops = 3 * two_tower.forward_flops(run.model, run.view_sides, run.text_rows)
-  meter = metrics.Meter(config.batch_size, flops, list(run.mesh.devices.flat))
+  meter = metrics.Meter(config.batch_size, run.flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start, board)
   due = lambda every, step: every and step % every == 0 and step > start
   with (
@@ -270,79 +265,6 @@ def _when_ready(value):
   return time.perf_counter()
 
 
-class DataCounters:
-  """Counts what the pipeline replaced or cut, and ends the run when it is too much.
-
-  Too much is a share of the latest rows, not of all: a shard that vanishes late ends the run too.
-  """
-
-  def __init__(self, source, max_bad_fraction):
-    self._source, self._max = source, max_bad_fraction
-    self._bad, self._truncated = collections.Counter(), 0  # bad ones by reason
-    self._window = collections.deque()  # (rows, reasons of the bad ones) of the latest batches
-    self._rows, self._recent = 0, collections.Counter()  # their sums
-    self._examples = collections.defaultdict(dict)  # reason -> {index: message}, _EXAMPLES at most
-
-  def add(self, batch):
-    """Raises ValueError when more than data.max_bad_fraction of the window's rows were bad."""
-    replaced = batch["bad"] >= 0
-    reasons = [REASONS[code] for code in batch["reason"][replaced].tolist()]
-    self._truncated += int(batch["truncated"].sum())
-    self._explain(batch["bad"][replaced].tolist(), reasons)
-    self._count(reasons)
-    self._slide(len(replaced), tuple(reasons))
-    recent, allowed = self._recent.total(), self._max * self._rows
-    # Three standard deviations more than allowed: chance does not end a run.
-    if recent > max(allowed + 3 * allowed**0.5, 10):
-      raise ValueError(
-        f"{recent} of the latest {self._rows} training records could not be used, more than "
-        f"data.max_bad_fraction={self._max} allows: {self._describe()}. Repair the data, or raise "
-        "the key"
-      )
-
-  def _explain(self, indices, reasons):
-    # Only the first few of each reason: asking costs a read in this process, and thousands of lines
-    # would hide the rest of the log.
-    for index, reason in zip(indices, reasons, strict=True):
-      known = self._examples[reason]
-      if index not in known and len(known) < _EXAMPLES:
-        known[index] = pipeline.why_bad(self._source, index)
-        log.warning(
-          "data: record %d cannot be used; the next readable one stands in (%s)",
-          index, known[index],
-        )  # fmt: skip
-
-  def _count(self, reasons):
-    before = self._bad.total()
-    self._bad.update(reasons)
-    if len(str(self._bad.total())) > len(str(before)):  # at 10, 100, 1000, ...
-      counts = ", ".join(f"{count} {reason}" for reason, count in self._bad.most_common())
-      log.warning("data: records that could not be used, so far: %s", counts)
-
-  def _slide(self, rows, reasons):
-    self._window.append((rows, reasons))
-    self._rows += rows
-    self._recent.update(reasons)
-    while self._rows - self._window[0][0] >= _WINDOW:
-      rows, reasons = self._window.popleft()
-      self._rows -= rows
-      self._recent.subtract(reasons)
-
-  def _describe(self):
-    return "; ".join(
-      f"{count} {reason} (record "
-      + ", record ".join(f"{i}: {why}" for i, why in self._examples[reason].items()) + ")"
-      for reason, count in self._recent.most_common() if count
-    )  # fmt: skip
-
-  def read(self):
-    """Counts since the run began: all bad records, those of each reason that occurred, cut ones."""
-    by_reason = {f"data/bad/{reason}": count for reason, count in self._bad.items()}
-    return {
-      "data/bad_records": self._bad.total(), **by_reason, "data/truncated_captions": self._truncated
-    }  # fmt: skip
-
-
 class StopSignal:
   """Turns SIGTERM and the first Ctrl-C into a request; a second Ctrl-C interrupts at once."""
 
@@ -430,18 +352,4 @@ def evaluate_checkpoint(config, path):
   evals.prepare(encode, config.evals)
   trained = evals.run_all(encode, variables, run.mesh, config.evals)
   print(evals.format_table(table_with_floors(run, encode, trained)))
-  return 0
-
-
-def benchmark_data(config):
-  """--mode=bench: the data pipeline alone on this machine, and what chips need."""
-  run = build(config)
-  log.info("data: %s", run.source.identity)
-  found = bench.measure(
-    run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed
-  )
-  flops = 3 * two_tower.forward_flops(run.model, run.view_sides, run.text_rows)
-  # "lite" is another spelling of a chip that is there already
-  peaks = [(chip, peak) for chip, peak in metrics.PEAK_FLOPS if "lite" not in chip]
-  print(bench.table(found, config.data.workers, flops, peaks))
   return 0

@@ -8,6 +8,7 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from jepa_vl.data import pipeline, transforms
 from jepa_vl.data.transforms import DamagedRecord
 
 
@@ -47,6 +48,12 @@ def pair(i, key=None):
   """The two members of a good sample."""
   key = f"{i:06d}" if key is None else key
   return [(f"{key}.png", png(noise((20, 24), i))), (f"{key}.txt", f"number {i}".encode())]
+
+
+def stands_in(source, index):
+  """The index of the record that the pipeline takes for that at `index`."""
+  use = lambda _, found: transforms.decode(found["image"])
+  return pipeline.read_from(source, index, use)[2]
 
 
 def damage(source):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jepa_vl import train
+from jepa_vl.build import build
 from jepa_vl.data import bench
 
 
@@ -10,8 +10,8 @@ from jepa_vl.data import bench
 def test_stages_add_up_to_the_whole(config, monkeypatch, capsys, workers):
   monkeypatch.setattr(bench, "_SECONDS", 0.5)
   config.mesh.data, config.data.workers = -1, workers
-  assert train.benchmark_data(config) == 0
-  lines = capsys.readouterr().out.splitlines()
+  assert bench.report(build(config)) == 0
+  lines = capsys.readouterr().out.splitlines()[1:]
   stages, (whole, *rest) = lines[1:5], lines[5:]
   times = [float(line[18:32]) for line in stages]
   assert all(t > 0 for t in times[:3])

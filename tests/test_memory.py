@@ -6,8 +6,8 @@ import os
 import pytest
 from records import noise, pair, png, record, write, write_tar
 
-from jepa_vl import train
 from jepa_vl.data import pipeline, sources
+from jepa_vl.data.counters import DataCounters
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -47,7 +47,7 @@ def test_batches_leave_nothing_behind(mixture, tok, cfg, workers, count):
   """After 2,000 batches no more than 2 MB come, in all processes together; measured: 0.4 to 1."""
   cfg.workers, cfg.image_size = workers, 8
   batches = pipeline.batches(mixture, tok, cfg, batch_size=2, seed=0, start_step=0)
-  counters = train.DataCounters(mixture, max_bad_fraction=1.0)
+  counters = DataCounters(mixture, max_bad_fraction=1.0)
   others = children()  # of tests before this one
   for number in range(count):
     counters.add(next(batches))

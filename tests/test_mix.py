@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from records import pair, record, write, write_tar
+from records import pair, record, stands_in, write, write_tar
 
 from jepa_vl.data import pipeline, sources
 from jepa_vl.data.transforms import DamagedRecord
@@ -77,12 +77,12 @@ def test_damage_in_a_part_is_stepped_over_and_named(mix, tmp_path):
   os.remove(tmp_path / "a-1.tar")
   with pytest.raises(DamagedRecord, match=r"data.mix\[0\]: .*a-1.tar") as e:
     source[5]
-  assert e.value.resume == 10 and pipeline.read_from(source, 5)[2] == 10
+  assert e.value.resume == 10 and stands_in(source, 5) == 10
   os.remove(tmp_path / "c.tar")
   source = pickle.loads(pickle.dumps(source))  # which has no tar open
   with pytest.raises(DamagedRecord, match=r"data.mix\[2\]: .*c.tar") as e:
     source[20]
-  assert e.value.resume == 47 and pipeline.read_from(source, 20)[2] == 0
+  assert e.value.resume == 47 and stands_in(source, 20) == 0
 
 
 def test_identity_covers_the_parts_and_their_weights(mix):

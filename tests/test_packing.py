@@ -339,11 +339,10 @@ def test_bfloat16(cfg):
 def test_flops_count_the_rows_that_are_computed(config):
   config.data.packing_group, config.data.packing_tokens = 16, 5  # 80 tokens: 7 rows of 12
   run = build_lib.build(config)
-  assert run.text_rows == 7 / 16
-  none, packed, plain = (two_tower.forward_flops(run.model, (), r) for r in (0, run.text_rows, 1))
-  assert packed - none == pytest.approx((plain - none) * 7 / 16)
+  none, plain = (3 * two_tower.forward_flops(run.model, (), rows) for rows in (0, 1))
+  assert run.flops - none == pytest.approx((plain - none) * 7 / 16)
   config.data.text_packing = False
-  assert build_lib.build(config).text_rows == 1
+  assert build_lib.build(config).flops == plain
 
 
 def test_what_cannot_be_packed_is_refused(config, source, tok, cfg):

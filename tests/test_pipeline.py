@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from records import noise, pair, png, record, write, write_tar
 
-from jepa_vl import train
 from jepa_vl.data import pipeline, sources, transforms
+from jepa_vl.data.counters import DataCounters
 from jepa_vl.data.sources import DamagedRecord
 
 N, BATCH, SEED = 23, 8, 5  # N is no multiple of BATCH: epochs end within batches
@@ -226,7 +226,7 @@ def test_shards_that_vanish_in_the_run_are_replaced_and_end_it_by_the_budget(
   cfg.workers = workers
   source = sources.Mixture(opened, [0.25] * 4)
   batches = pipeline.batches(source, tok, cfg, batch_size=2, seed=SEED, start_step=0)
-  counters = train.DataCounters(source, 0.01)
+  counters = DataCounters(source, 0.01)
   counters.add(next(batches))
   # All tars, and half of the files of the other formats. What a process holds open it still reads
   # when it was removed; of ArrayRecord that may be all.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from records import damage, noise, pair, png, write_tar
+from records import damage, noise, pair, png, stands_in, write_tar
 
 from jepa_vl.data import common, pipeline, sources, webdataset
 from jepa_vl.data.transforms import DamagedRecord
@@ -336,8 +336,8 @@ def test_the_pipeline_runs_over_tars_with_every_defect(tmp_path, tok, cfg):
   batches = pipeline.batches(source, tok, cfg, batch_size=len(source), seed=0, start_step=0)
   batch = next(batches)
   assert set(batch["bad"].tolist()) - {-1} == bad
-  stands_in = {b: i for b, i in zip(batch["bad"].tolist(), batch["index"].tolist(), strict=True)}
-  assert all(stands_in[b] == b + 1 for b in bad)
+  taken = {b: i for b, i in zip(batch["bad"].tolist(), batch["index"].tolist(), strict=True)}
+  assert all(taken[b] == b + 1 for b in bad)
   assert batch["truncated"][batch["index"].tolist().index(35)]
   assert not (tmp_path.parent.parent / "up.png").exists()
 
@@ -349,7 +349,7 @@ def test_a_tar_that_vanishes_or_changes_in_the_run_is_named_and_stepped_over(sha
     source[6]
   assert e.value.resume == 9
   monkeypatch.setattr(pipeline, "_GIVE_UP", 2)  # the shard counts once, however long it is
-  assert pipeline.read_from(source, 6)[2] == 9
+  assert stands_in(source, 6) == 9
   write_tar(shards / "c-02.tar", pairs(*range(40, 50)))
   with pytest.raises(DamagedRecord, match="c-02.tar .*has changed since it was indexed"):
     pickle.loads(pickle.dumps(source))[12]
@@ -361,4 +361,4 @@ def test_a_tar_that_vanishes_or_changes_in_the_run_is_named_and_stepped_over(sha
     fresh[5]
   with pytest.raises(ValueError, match="23 records in a row from 6 .*cannot be read any more"):
     monkeypatch.setattr(pipeline, "_GIVE_UP", 1000)
-    pipeline.read_from(pickle.loads(pickle.dumps(source)), 6)
+    stands_in(pickle.loads(pickle.dumps(source)), 6)

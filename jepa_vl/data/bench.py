@@ -5,9 +5,23 @@ python -m jepa_vl.data.bench --config=configs/mine.py [--config.data.workers=N]
 
 import time
 
+from jepa_vl import metrics
 from jepa_vl.data import common, feed, pipeline
 
 _SECONDS = 8.0  # of each measurement
+
+
+def report(run):
+  """--mode=bench: prints it all for a `build.Run`. Returns the exit code."""
+  config = run.config
+  print(f"data: {run.source.identity}")
+  found = measure(
+    run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed
+  )
+  # "lite" is another spelling of a chip that is there already
+  peaks = [(chip, peak) for chip, peak in metrics.PEAK_FLOPS if "lite" not in chip]
+  print(table(found, config.data.workers, run.flops, peaks))
+  return 0
 
 
 def measure(source, tokenizer, cfg, *, batch_size, seed):
@@ -24,25 +38,26 @@ def measure(source, tokenizer, cfg, *, batch_size, seed):
   try:
     batches = pipeline.batches(source, tokenizer, alone, board=board, **arguments)
     next(batches)
-    before, rate = board.read()[0][4], _rate(batches, arguments["batch_size"])
+    before, core = board.read()[0][4], rate(batches, arguments["batch_size"], _SECONDS)
     spent = [b - a for a, b in zip(before, board.read()[0][4], strict=True)]
   finally:
     board.close()
   share = [t / sum(spent) for t in spent]
   names = ("order, batch", "read", "decode, augment", "tokenise")
-  stages = {name: s / rate for name, s in zip(names, share, strict=True)}
+  stages = {name: s / core for name, s in zip(names, share, strict=True)}
   workers = None
   if cfg.workers:
     batches = pipeline.batches(source, tokenizer, cfg, **arguments)
     for _ in range(2 * cfg.workers):  # they start, and what they made ahead goes
       next(batches)
-    workers = _rate(batches, arguments["batch_size"])
-  return {"core": rate, "stages": stages, "workers": workers}
+    workers = rate(batches, arguments["batch_size"], _SECONDS)
+  return {"core": core, "stages": stages, "workers": workers}
 
 
-def _rate(batches, batch_size):
+def rate(batches, batch_size, seconds):
+  """Examples a second that an iterator gives, measured for so long."""
   count, start = 0, time.perf_counter()
-  while time.perf_counter() - start < _SECONDS:
+  while time.perf_counter() - start < seconds:
     next(batches)
     count += batch_size
   return count / (time.perf_counter() - start)

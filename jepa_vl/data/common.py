@@ -1,5 +1,6 @@
 """What sources share: finding files, picking fields by name, checking a record, identity."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -7,8 +8,11 @@ import hashlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
+import socket
+import threading
 
 from jepa_vl.data.transforms import DamagedRecord
 
@@ -121,6 +125,53 @@ def image_bytes(value, folder):
 def cores():
   """The cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent():
+  """In a worker process: ends it when the one that started it is gone, in whatever way.
+
+  It would otherwise wait for ever for work, or to hand over its own.
+  """
+
+  def follow():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def whole(path, folder):
+  """A temporary name in `folder` for what becomes `path` when all of it is on the disk.
+
+  Raises OSError that says which file could not be written, why, and what to do.
+  """
+  name = f"{os.path.basename(path)}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}"
+  temporary = os.path.join(folder, name)
+  try:
+    yield temporary
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(os.path.dirname(path))
+  except OSError as e:
+    raise OSError(
+      f"{path} cannot be written ({e.strerror or e}); what is whole is kept: make room or put "
+      "right what is wrong, and the same command goes on from there"
+    ) from e
+  finally:
+    with contextlib.suppress(OSError):
+      os.remove(temporary)
+
+
+TEMPORARY = ".tmp"
+
+
+def _flush(path):
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
 
 
 # As WebDataset's own: the key is the folder and the name up to its first dot, the rest is the kind.

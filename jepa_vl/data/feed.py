@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 
+from jepa_vl.data import common
+
 log = logging.getLogger(__name__)
 
 _WARN_AFTER = 20.0  # seconds without a batch, and again after as many more
@@ -55,7 +57,7 @@ class Board:
       self._file = mmap.mmap(f.fileno(), _FORMAT.size)
     self._stage, self._since, self._spent = WAITING, now, [0.0] * len(STAGES)
     if multiprocessing.parent_process():
-      threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+      common.end_with_parent()
 
   def read(self):
     """(process id, stage, record, since, seconds spent by stage) of every process."""
@@ -87,13 +89,6 @@ class _NoBoard:
 
 
 NO_BOARD = _NoBoard()
-
-
-def _follow_parent(parent):
-  # A worker whose training process was killed would wait for ever to hand over its batch.
-  while os.getppid() == parent:
-    time.sleep(5)
-  os._exit(1)
 
 
 def is_stuck(patience=5.0):

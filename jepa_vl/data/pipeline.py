@@ -150,11 +150,7 @@ class Batches:
     return self._augment(record["image"], streams, self._cfg.image_size, self._cfg)
 
 
-def _decoded(index, record):
-  return transforms.decode(record["image"])
-
-
-def read_from(source, index, use=_decoded, board=feed.NO_BOARD):
+def read_from(source, index, use, board=feed.NO_BOARD):
   """The record at `index` or, if it cannot be used, at the next index where it can.
 
   use: function (index, record) that makes what is wanted of the image; may raise DamagedRecord.

@@ -31,7 +31,7 @@ import time
 from jepa_vl.data import common, sources
 from jepa_vl.data.prepare_parts import Options, Parts, prepare_record
 from jepa_vl.data.prepare_shards import Shards
-from jepa_vl.data.prepare_work import remove_left_over, run, whole
+from jepa_vl.data.prepare_work import remove_left_over, run
 from jepa_vl.data.transforms import DamagedRecord
 
 _TRIED = 256  # records that the estimate is made from
@@ -141,7 +141,7 @@ def _claim(work, options):
 
 
 def _write_json(path, content, work):
-  with whole(path, work) as temporary, open(temporary, "w", encoding="utf-8") as f:
+  with common.whole(path, work) as temporary, open(temporary, "w", encoding="utf-8") as f:
     json.dump(content, f, indent=2)
     f.write("\n")
 

@@ -12,11 +12,10 @@ import unicodedata
 import cv2
 import msgpack
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
 
 from jepa_vl.data import common, transforms
-from jepa_vl.data.prepare_work import Stopped, whole, write_records
+from jepa_vl.data.prepare_work import Stopped, write_records
 from jepa_vl.data.transforms import DamagedRecord
 
 MAX_CAPTION = 10_000  # characters
@@ -85,7 +84,8 @@ class Parts:
     read = len(self.stretch(number))
     self._check(rejects, read)
     columns = {name: np.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()}
-    with whole(self.path(number, "npz"), self._work) as temporary, open(temporary, "wb") as f:
+    path = self.path(number, "npz")
+    with common.whole(path, self._work) as temporary, open(temporary, "wb") as f:
       np.savez(f, read=read, rejects=json.dumps(rejects), **columns)
     return read
 
@@ -179,8 +179,8 @@ def _can_stay(data):
   try:
     image = PIL.Image.open(io.BytesIO(data), formats=("JPEG", "WEBP"))
     still = not getattr(image, "is_animated", False)
-    upright = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
-    return image.format in ("JPEG", "WEBP") and image.mode == "RGB" and still and upright
+    known = image.format in ("JPEG", "WEBP") and image.mode == "RGB"
+    return known and still and transforms.is_upright(image)
   except Exception:  # another format, or a header that Pillow does not like
     return False
 

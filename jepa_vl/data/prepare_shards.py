@@ -12,8 +12,8 @@ import grain
 import msgpack
 import numpy as np
 
-from jepa_vl.data import embedded
-from jepa_vl.data.prepare_work import Stopped, open_records, whole, write_records
+from jepa_vl.data import common, embedded
+from jepa_vl.data.prepare_work import Stopped, open_records, write_records
 
 _GATHERED = 256 << 20  # bytes of records that a process holds
 _HASHED = 32 << 20  # hashes compared at a time, 8 bytes each
@@ -79,7 +79,7 @@ class Shards:
     if not self.done(number):
       digests = []
       write_records(self.path(number), self._records(first, last, digests, stopped), self._work)
-      with whole(self._digests(number), self._work) as temporary, open(temporary, "wb") as f:
+      with common.whole(self._digests(number), self._work) as temporary, open(temporary, "wb") as f:
         f.write(b"".join(digests))
     return last - first
 
@@ -162,7 +162,7 @@ class Shards:
   def write_rejects(self, path):
     """Writes rejects() as CSV."""
     with (
-      whole(path, self._work) as temporary,
+      common.whole(path, self._work) as temporary,
       open(temporary, "w", newline="", encoding="utf-8", errors="replace") as f,
     ):
       rows = csv.writer(f)
@@ -174,7 +174,7 @@ class Shards:
     shown = min(len(self), _SHOWN)
     positions = [i * len(self) // shown for i in range(shown)]
     records = [msgpack.unpackb(data) for data in self.gather(positions, lambda: False)]
-    with whole(path, self._work) as temporary:
+    with common.whole(path, self._work) as temporary:
       embedded.draw(records, temporary)
 
 

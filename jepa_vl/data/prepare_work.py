@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 from concurrent.futures.process import BrokenProcessPool
 
 import tqdm
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from jepa_vl.data import common
 
 
 class Stopped(Exception):
@@ -24,7 +25,7 @@ class Stopped(Exception):
 
 def write_records(path, records, work):
   """Writes records (bytes) as an ArrayRecord file. Raises OSError in words."""
-  with whole(path, work) as temporary:
+  with common.whole(path, work) as temporary:
     with _as_os_error():
       writer = ArrayRecordWriter(temporary, "group_size:1")
     count = 0
@@ -54,47 +55,15 @@ def open_records(path):
   return ArrayRecordReader(path, "readahead_buffer_size:0")
 
 
-@contextlib.contextmanager
-def whole(path, work):
-  """A temporary name in `work` for what becomes `path` when all of it is on the disk.
-
-  Raises OSError that says which file could not be written, why, and what to do.
-  """
-  name = f"{os.path.basename(path)}.{socket.gethostname()}.{os.getpid()}{_TEMPORARY}"
-  temporary = os.path.join(work, name)
-  try:
-    yield temporary
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(os.path.dirname(path))
-  except OSError as e:
-    raise OSError(
-      f"{path} cannot be written ({e.strerror or e}); what is whole is kept: make room or put "
-      "right what is wrong, and the same command goes on from there"
-    ) from e
-  finally:
-    with contextlib.suppress(OSError):
-      os.remove(temporary)
-
-
-_TEMPORARY = ".tmp"
-
-
-def _flush(path):
-  file = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(file)
-  finally:
-    os.close(file)
-
-
 def remove_left_over(work):
   """Removes what processes of this machine that are no more were writing -> the files' names."""
   names = []
   here = "." + socket.gethostname()
   for entry in os.scandir(work):
-    name, _, process = entry.name.removesuffix(_TEMPORARY).rpartition(".")
-    if entry.name.endswith(_TEMPORARY) and name.endswith(here) and not _is_running(int(process)):
+    if not entry.name.endswith(common.TEMPORARY):
+      continue
+    name, _, process = entry.name.removesuffix(common.TEMPORARY).rpartition(".")
+    if name.endswith(here) and not _is_running(int(process)):
       os.remove(entry.path)
       names.append(name.removesuffix(here))
   return sorted(names)
@@ -155,14 +124,9 @@ def _start_worker(maker, stop):
   global _worker
   _worker = functools.partial(maker.make, stopped=stop.is_set)
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  common.end_with_parent()
   # Decoders remark on every odd image there. What has to be known is raised, and goes to a file.
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _end_with_parent():
-  multiprocessing.parent_process().join()
-  os._exit(1)
 
 
 def _make(number):

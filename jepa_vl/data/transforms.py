@@ -86,10 +86,11 @@ def _header(data):
       f"image is too large to be decoded ({width} x {height} pixels; at most {MAX_PIXELS})",
       "image_too_large",
     )
-  return _Header(image.format, height, width, image.format == "JPEG" and _is_upright(image))
+  return _Header(image.format, height, width, image.format == "JPEG" and is_upright(image))
 
 
-def _is_upright(image):
+def is_upright(image):
+  """Whether a PIL image's EXIF turns it not at all."""
   if "exif" not in image.info:
     return True
   try:

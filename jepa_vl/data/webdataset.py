@@ -139,7 +139,7 @@ def make_indexes(paths, index_dir):
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     found = list(pool.map(functools.partial(_find_index, index_dir=index_dir), paths))
   missing = [i for i, index in enumerate(found) if index is None]
-  processes = min(os.cpu_count() or 1, len(missing) // 8)
+  processes = min(common.cores(), len(missing) // 8)
   make = functools.partial(build_index, index_dir=index_dir)
   todo = [paths[i] for i in missing]
   bar = functools.partial(tqdm.tqdm, total=len(todo), desc="indexing tars", unit="tar", delay=1)
@@ -233,21 +233,16 @@ def build_index(path, index_dir):
     try:
       return _write(index, content), head
     except OSError as e:
-      reason = e
+      reason = e.__cause__ or e
   raise OSError(f"the index of {path} cannot be written ({reason}); set data.index_dir to a folder")
 
 
 def _write(path, content):
   # In one step: another process may be making the same index, or be stopped in the middle.
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  part = f"{path}.{os.getpid()}.part"
-  try:
-    with open(part, "wb") as f:
-      f.write(content)
-    os.replace(part, path)
-  finally:
-    if os.path.exists(part):
-      os.remove(part)
+  folder = os.path.dirname(path)
+  os.makedirs(folder, exist_ok=True)
+  with common.whole(path, folder) as temporary, open(temporary, "wb") as f:
+    f.write(content)
   return path
 
 
