@@ -19,6 +19,7 @@ def get_config():
   c.eval_every = 10_000  # 0: only at the end
   c.checkpoint_every = 2_000  # steps; 0: only at the end and when stopped
   c.keep_checkpoints = 2  # the newest so many stay
+  c.peer_timeout = 60.0  # seconds without a sign of life from another process that end the run
   c.wandb = ""  # project name; needs the wandb package
   c.init_from = ""  # weights to start from: a checkpoint or its workdir, an exported folder, the
   # LeVLJEPA authors' files, timm's ViT, Hugging Face's GPT2Model; several are joined by commas

@@ -49,6 +49,7 @@ MINIMUM = {
   "eval_every": 0,
   "checkpoint_every": 0,
   "keep_checkpoints": 1,
+  "peer_timeout": 1.0,
   "model.image_size": 1,
   "model.patch_size": 1,
   "model.embed_dim": 1,

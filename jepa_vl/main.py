@@ -5,7 +5,9 @@ python -m jepa_vl.main --config=configs/tiny.py [--workdir=DIR] [--config.a.b=va
 
 import logging
 import os
+import re
 import sys
+import traceback
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -24,6 +26,14 @@ _CHECKPOINT = flags.DEFINE_string(
   "WORKDIR/checkpoints/STEP, for --mode=eval and export; export takes weight files too.",
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, with --num_processes and --process_id; none of the three where TPU VMs, "
+  "SLURM or Open MPI tell.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(argv):
@@ -37,27 +47,57 @@ def main(argv):
   if export and _WORKDIR.value is None:
     sys.exit(_wrong_usage("--mode=export needs --workdir=FOLDER to write to"))
   _start_logging()
+  watch = None
   try:
-    from jepa_vl import train  # late: a usage error should not wait for JAX
-    from jepa_vl.build import build
-    from jepa_vl.data import bench
-    from jepa_vl.export import export as export_model
+    if _MODE.value in ("train", "eval"):
+      from jepa_vl import distributed  # late: a usage error should not wait for JAX
 
-    if export:
-      sys.exit(export_model(_CHECKPOINT.value, _WORKDIR.value))
-    if _MODE.value == "train":
-      _exit(train.train(_CONFIG.value, _WORKDIR.value or _default_workdir()))
-    if _MODE.value == "bench":
-      sys.exit(bench.report(build(_CONFIG.value)))
-    sys.exit(train.evaluate_checkpoint(_CONFIG.value, _CHECKPOINT.value))
+      watch = distributed.start(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _CONFIG.value.peer_timeout
+      )
+    code = _run(watch)
+    if watch:
+      watch.finish()
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-    sys.exit(1)
+    code = _failed("interrupted; the same command goes on from the last checkpoint", watch)
   except Exception as e:
+    if watch and _is_the_runtimes(e):
+      watch.explain()
     if _DEBUG.value:
-      raise
-    print(f"error: {_in_words(e)}", file=sys.stderr)
-    _exit(1)
+      traceback.print_exc()
+    code = _failed(f"error: {_in_words(e)}", watch)
+  _exit(code)
+
+
+def _run(watch):
+  """Does what --mode says -> the exit code."""
+  from jepa_vl import train
+  from jepa_vl.build import build
+  from jepa_vl.data import bench
+  from jepa_vl.export import export
+
+  config, mode = _CONFIG.value, _MODE.value
+  if watch:
+    _mark_lines(watch.process)
+  if mode == "export":
+    return export(_CHECKPOINT.value, _WORKDIR.value)
+  if mode == "bench":
+    return bench.report(build(config))
+  if mode == "eval":
+    return train.evaluate_checkpoint(config, _CHECKPOINT.value, watch)
+  return train.train(config, _WORKDIR.value or _default_workdir(), watch)
+
+
+def _is_the_runtimes(error):
+  # Of whatever type, it begins with a status: most likely a collective that lost its other end.
+  return re.match("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE)[A-Z_]*: ", str(error))
+
+
+def _failed(words, watch):
+  print(words, file=sys.stderr, flush=True)
+  if watch:
+    watch.fail(words.removeprefix("error: "))
+  return 1
 
 
 def _exit(code):
@@ -109,10 +149,20 @@ def _start_logging():
   logger.propagate = False
 
 
+def _mark_lines(process):
+  # What all would say is said once; what one alone meets, with its number.
+  logger = logging.getLogger("jepa_vl")
+  logger.setLevel(logging.WARNING if process else logging.INFO)
+  logger.handlers[0].formatter.process = f"process {process}: "
+
+
 class _Format(logging.Formatter):
+  process = ""
+
   def format(self, record):
-    prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-    return prefix + super().format(record)
+    if record.levelno < logging.WARNING:
+      return super().format(record)
+    return f"{self.process}{record.levelname.lower()}: {super().format(record)}"
 
 
 def _wrong_usage(message):

@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from jepa_vl import checkpoint, evals, interop, metrics, optim, sharding
+from jepa_vl import checkpoint, distributed, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
 from jepa_vl.data import feed, pipeline
@@ -23,10 +23,14 @@ log = logging.getLogger(__name__)
 PREEMPTED = 75  # exit code: saved, start me again
 
 
-def train(config, workdir):
-  """Trains, or goes on with what the workdir holds. Returns the process's exit code."""
+def train(config, workdir, watch=None):
+  """Trains, or goes on with what the workdir holds. Returns the process's exit code.
+
+  watch: the distributed.Watch of several processes.
+  """
   run = build(config)
   workdir = prepare_workdir(workdir)
+  check_processes(run, watch, workdir)
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints
   )
@@ -54,6 +58,17 @@ def train(config, workdir):
   finally:
     writer.close()
     checkpoints.close()
+
+
+def check_processes(run, watch, workdir=None):
+  """Raises ValueError if another process was started otherwise or does not see the workdir."""
+  if watch:
+    watch.check_same(
+      flat(run.config.to_dict()) | distributed.versions()
+      | {k: run.meta[k] for k in ("data_identity", "tokenizer_identity")}
+    )  # fmt: skip
+    if workdir:
+      watch.check_shared(workdir)
 
 
 def initialise_from(run, state):
@@ -108,6 +123,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   counters = DataCounters(run.source, config.data.max_bad_fraction)
   meter = metrics.Meter(config.batch_size, run.flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start, board)
+  agreed = distributed.Consensus(run.mesh)
   due = lambda every, step: every and step % every == 0 and step > start
   with (
     metrics.Progress(config.steps, start) as progress,
@@ -124,7 +140,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     # the data position is that number, so a resumed run takes exactly the batch that is next.
     for step in range(start, config.steps + 1):
       last = step == config.steps
-      stopping = stop.requested
+      stopping = agreed(stop.requested)
       evaluating = due(config.eval_every, step) and not last
       saving = stopping or last or due(config.checkpoint_every, step)
       if evaluating or saving:
@@ -161,7 +177,8 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   checkpoints.wait()  # before the final evaluation, which may be long
   if step < config.steps:
     path = checkpoints.path(step)
-    log.info("stopped by %s; saved %s. The same command goes on from it", stop.name, path)
+    who = stop.name or "another process"
+    log.info("stopped by %s; saved %s. The same command goes on from it", who, path)
     return PREEMPTED
   finish(run, encode, state, step, writer, workdir)
   return 0
@@ -339,11 +356,12 @@ def table_with_floors(run, encode, trained):
   return evals.table(trained, evals.run_all(encode, untrained, run.mesh, run.config.evals))
 
 
-def evaluate_checkpoint(config, path):
+def evaluate_checkpoint(config, path, watch=None):
   """--mode=eval: the configured evaluations on one checkpoint, printed beside their floors."""
   if not config.evals:
     raise ValueError("the config's `evals` are empty; configs/tiny.py shows how to name some")
   run = build(config, training=False)
+  check_processes(run, watch)
   free = ("model.statistics", "text.readout", "objective.name", "data.source")
   fixed = [k for k in FIXED_KEYS if k not in free]
   check = lambda meta: check_resume(meta, run, fixed)
@@ -351,5 +369,7 @@ def evaluate_checkpoint(config, path):
   encode = make_encode(run)
   evals.prepare(encode, config.evals)
   trained = evals.run_all(encode, variables, run.mesh, config.evals)
-  print(evals.format_table(table_with_floors(run, encode, trained)))
+  table = table_with_floors(run, encode, trained)
+  if jax.process_index() == 0:
+    print(evals.format_table(table))
   return 0

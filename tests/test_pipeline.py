@@ -9,6 +9,7 @@ from records import noise, pair, png, record, write, write_tar
 from jepa_vl.data import pipeline, sources, transforms
 from jepa_vl.data.counters import DataCounters
 from jepa_vl.data.sources import DamagedRecord
+from jepa_vl.evals import common
 
 N, BATCH, SEED = 23, 8, 5  # N is no multiple of BATCH: epochs end within batches
 
@@ -177,7 +178,7 @@ def test_a_bad_record_is_damaged_not_a_crash(damaged, index):
 
 
 def test_evaluation_leaves_bad_records_out_and_says_which(damaged):
-  records, images, left_out = pipeline.evaluation_rows(damaged, image_size=16, resize_ratio=1.0)
+  records, images, left_out = common.read_rows(damaged, image_size=16, resize_ratio=1.0)
   assert left_out == list(BAD)
   assert [r["caption"] for r in records] == [f"number {i}" for i in range(N) if i not in BAD]
   assert all("image" not in r for r in records)
@@ -190,7 +191,7 @@ def test_only_bad_records_is_an_error(tmp_path, tok, cfg):
   with pytest.raises(ValueError, match="3 records in a row from . cannot be used .*data.path"):
     take(source, tok, cfg, 1)
   with pytest.raises(ValueError, match="none of the 3 records"):
-    pipeline.evaluation_rows(source, image_size=16, resize_ratio=1.0)
+    common.read_rows(source, image_size=16, resize_ratio=1.0)
 
 
 def cut(path):

@@ -222,14 +222,14 @@ def batches(
   return iter(ds)
 
 
-def evaluation_rows(source, *, image_size, resize_ratio):
-  """All readable records in order, and the indices left out.
+def evaluation_rows(source, indices, *, image_size, resize_ratio):
+  """The readable records at `indices`, in order, and the indices left out.
 
   Returns:
-    records without their `image` bytes (list of dict), images (N, S, S, 3) uint8, left_out.
+    records without their `image` bytes (list of dict), images (list of (S, S, 3) uint8), left_out.
   """
   records, images, left_out = [], [], []
-  for index in range(len(source)):
+  for index in indices:
     try:
       record = source[index]
       image = transforms.decode(record["image"])
@@ -238,6 +238,4 @@ def evaluation_rows(source, *, image_size, resize_ratio):
       continue
     images.append(transforms.centre_crop(image, image_size, resize_ratio))
     records.append({k: v for k, v in record.items() if k != "image"})
-  if not images:
-    raise ValueError(f"none of the {len(source)} records of the evaluation data can be read")
-  return records, np.stack(images), left_out
+  return records, images, left_out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -130,9 +131,7 @@ def _pad(x, rows):
 
 
 def _read_split(encode, source, split):
-  records, images, left_out = pipeline.evaluation_rows(
-    source, image_size=encode.image_size, resize_ratio=encode.resize_ratio
-  )
+  records, images, left_out = read_rows(source, encode.image_size, encode.resize_ratio)
   # Without a concept, records of one caption share it: equal texts cannot be told apart.
   names = [record.get("concept", transforms.full_caption(record)) for record in records]
   concepts = {}
@@ -154,6 +153,45 @@ def _read_split(encode, source, split):
     f": {left_out[:10]}" if left_out else "",
   )  # fmt: skip
   return Split(source.identity, records, images, captions, relevant, left_out)
+
+
+def read_rows(source, image_size, resize_ratio):
+  """All readable records in order; every process decodes its share and gets all.
+
+  Returns:
+    records without their `image` bytes (list of dict), images (N, S, S, 3) uint8, the indices that
+    were left out.
+
+  Raises:
+    ValueError: none can be read.
+  """
+  processes, count = jax.process_count(), len(source)
+  stretch = -(-_AT_ONCE // processes)
+  records, images, left_out = [], [], []
+  for start in range(0, count, stretch * processes):
+    first = start + stretch * jax.process_index()
+    indices = range(min(first, count), min(first + stretch, count))
+    mine = pipeline.evaluation_rows(
+      source, indices, image_size=image_size, resize_ratio=resize_ratio
+    )
+    for part in _gather(mine) if processes > 1 else [mine]:
+      for every, some in zip((records, images, left_out), part, strict=True):
+        every.extend(some)
+  if not images:
+    raise ValueError(f"none of the {count} records of the evaluation data can be read")
+  return records, np.stack(images), left_out
+
+
+_AT_ONCE = 1024  # rows that the processes exchange in one go
+
+
+def _gather(value):
+  """The values of all processes in order: whatever pickles."""
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(data)))
+  padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+  every = multihost_utils.process_allgather(padded)
+  return [pickle.loads(d[:n].tobytes()) for d, n in zip(every, sizes, strict=True)]
 
 
 # reading -> pairs of (image side, text side) whose cosines are averaged
