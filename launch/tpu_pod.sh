@@ -6,7 +6,8 @@
 #   launch/tpu_pod.sh keep --config=... [...]   up and run, again whenever it was preempted
 #   launch/tpu_pod.sh logs | stop | down        show the log again | save and stop | delete it
 # Environment: NAME, ZONE and PROJECT of the queued resource; TYPE of a slice (v5litepod-16);
-# SLICES (1); SPOT=1 for Spot capacity; RUNTIME (the image that Google names for TYPE);
+# SLICES (1); SPOT=1 for Spot capacity; RUNTIME (the image that Google names for TYPE); SETUP (a
+# command for every worker before each start, to mount or copy the data);
 # DELAY (seconds between two looks, 30); DRY_RUN=1 (say every command, run none).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -63,6 +64,7 @@ start() {
   tpu scp "$archive" "$NAME:jepa_vl.tgz" --node=all --worker=all
   on_all "mkdir -p jepa_vl && cd jepa_vl && { [ ! -x launch/worker.sh ] || launch/worker.sh idle; } \
 && tar -xzf ../jepa_vl.tgz"
+  [ -z "${SETUP:-}" ] || on_all "$SETUP"
   on_all "cd jepa_vl && launch/worker.sh start $(say "$@")"
 }
 

@@ -14,7 +14,6 @@ idle() {
 }
 
 start() {
-  idle
   if [ ! -x .venv/bin/python ] && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
   then  # the images for TPU VMs have Python 3.10
     python3 -m pip install --quiet --user uv

@@ -70,17 +70,18 @@ def test_the_shell_accepts_it(script):
   subprocess.run([shellcheck, "-x", "-S", "warning", "-s", "bash", script], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("script, before, env, programs", [
-  ("restart.sh", ["launch/local.sh"], {}, ["launch/local.sh"]),
-  ("processes.sh", ["2"], {}, ["env", "env"]),
-  ("slurm.sbatch", [], {}, ["srun", "scontrol"]),
+@pytest.mark.parametrize("script, before, programs", [
+  ("restart.sh", ["launch/local.sh"], ["launch/local.sh"]),
+  ("processes.sh", ["2"], ["env", "env"]),
+  ("slurm.sbatch", [], ["srun", "scontrol"]),
 ])  # fmt: skip
-def test_a_dry_run_says_every_command_with_the_flags_as_given(bare, script, before, env, programs):
-  code, output = launch(script, *before, *FLAGS, path=bare, DRY_RUN="1", **env)
+def test_a_dry_run_says_every_command_with_the_flags_as_given(bare, script, before, programs):
+  flags = [*FLAGS, ""]
+  code, output = launch(script, *before, *flags, path=bare, DRY_RUN="1")
   assert code == 0, output
   commands = [shlex.split(line) for line in output.splitlines() if not line.endswith(":")]
   assert [c[0] for c in commands] == programs, output
-  assert all(c[-len(FLAGS) :] == FLAGS for c in commands if c[0] != "scontrol"), output
+  assert all(c[-len(flags) :] == flags for c in commands if c[0] != "scontrol"), output
 
 
 @pytest.mark.parametrize("command, calls", [
@@ -147,12 +148,12 @@ def test_75_starts_again_and_nothing_else_does(tmp_path, values):
 
 
 def test_a_signal_reaches_the_program_and_ends_the_restarts(tmp_path):
-  save = 'trap "sleep 0.5; echo saved; exit 75" TERM; echo ready; while :; do sleep 0.1; done'
+  save = 'trap "sleep .5; echo saved; exit 75" TERM; echo ok; for i in {1..600}; do sleep .1; done'
   program = tool(tmp_path, "program", save)
   process = subprocess.Popen(
     ["bash", "launch/restart.sh", program], cwd=ROOT, text=True, stdout=subprocess.PIPE
   )
-  while process.stdout.readline() != "ready\n":
+  while process.stdout.readline() != "ok\n":
     assert process.poll() is None
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=60)
@@ -193,9 +194,10 @@ def cloud(tmp_path):
         ssh) cd worker && bash -c "$$command" ;;
       esac""").substitute(home=shlex.quote(str(tmp_path))))  # fmt: skip
 
-  def start(*arguments):
+  def start(*arguments, **env):
+    env |= TPU | {"TMPDIR": str(tmp_path)}
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    code, output = launch("tpu_pod.sh", *arguments, path=path, TMPDIR=str(tmp_path), **TPU)
+    code, output = launch("tpu_pod.sh", *arguments, path=path, **env)
     calls = (tmp_path / "bin/gcloud.log").read_text().splitlines()
     runs = [c for c in (python / "python.log").read_text().splitlines() if "jepa_vl.main" in c]
     return code, output, [c.split()[3] for c in calls], runs
@@ -224,17 +226,18 @@ def test_a_failure_on_a_tpu_pod_is_its_exit_code(cloud):
 
 
 def test_a_preempted_tpu_pod_is_asked_for_again(cloud):
-  make, start, _ = cloud
+  make, start, worker = cloud
   make(["ACTIVE", *["SUSPENDED"] * 3, "PROVISIONING", "ACTIVE"], [1, 0])
-  code, output, calls, runs = start("keep", "--config=x")
+  code, output, calls, runs = start("keep", "--config=x", SETUP="echo data >>mounted")
   assert (code, len(runs)) == (0, 2), output
   assert calls.index("delete") < calls.index("create")
+  assert (worker.parent / "mounted").read_text() == "data\n" * 2
 
 
 def test_a_tpu_pod_runs_one_thing_at_a_time_and_stops_after_a_save(cloud):
   make, start, worker = cloud
   make(["ACTIVE"], [])
-  save = '[[ $* != *jepa_vl.main* ]] || { trap "exit 75" TERM; while :; do sleep 0.1; done; }'
+  save = '[[ $* != *vl.main* ]] || { trap "exit 75" TERM; for i in {1..600}; do sleep .1; done; }'
   tool(worker / ".venv/bin", "python", save)
   env = {"PATH": f"{worker.parent.parent / 'bin'}:{os.environ['PATH']}", "DELAY": "0", **TPU}
   env |= {"HOME": str(worker.parent), "TMPDIR": str(worker.parent)}
