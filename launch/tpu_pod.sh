@@ -40,9 +40,16 @@ create() {
   tpu create "$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "$@"
 }
 
+again() {  # looks again, later
+  echo "$NAME is ${STATE:-not listed yet}; looking again in ${DELAY:-30} s"
+  sleep "${DELAY:-30}"
+  look
+}
+
 up() {
   look
-  case "$STATE" in FAILED | SUSPENDING | SUSPENDED) down; STATE="" ;; esac
+  while [ "$STATE" = SUSPENDING ] || [ "$STATE" = DELETING ]; do again; done
+  case "$STATE" in FAILED | SUSPENDED) down; STATE="" ;; esac
   [ -n "$STATE" ] || { create; look; }
   until [ "$STATE" = ACTIVE ] || [ -n "${DRY_RUN:-}" ]; do
     case "$STATE" in
@@ -50,20 +57,18 @@ up() {
         echo "error: $NAME is $STATE; gcloud compute tpus queued-resources describe says why" >&2
         exit 1 ;;
     esac
-    echo "$NAME is ${STATE:-not listed yet}; looking again in ${DELAY:-30} s"
-    sleep "${DELAY:-30}"
-    look
+    again
   done
 }
 
 start() {
-  local archive
-  archive="${TMPDIR:-/tmp}/$NAME.tgz"
+  local archive="${TMPDIR:-/tmp}/$NAME.tgz"
   # what git tracks or would: configs of one's own, no virtual environment, no runs
-  run bash -c "git ls-files -z --cached --others --exclude-standard | tar -czf '$archive' --null -T -"
+  run bash -o pipefail -c \
+    "git ls-files -z --cached --others --exclude-standard | tar -czf '$archive' --null -T -"
   tpu scp "$archive" "$NAME:jepa_vl.tgz" --node=all --worker=all
-  on_all "mkdir -p jepa_vl && cd jepa_vl && { [ ! -x launch/worker.sh ] || launch/worker.sh idle; } \
-&& tar -xzf ../jepa_vl.tgz"
+  on_all "[ ! -x jepa_vl/launch/worker.sh ] || jepa_vl/launch/worker.sh idle"
+  on_all "mkdir -p jepa_vl && tar -xzf jepa_vl.tgz -C jepa_vl"
   [ -z "${SETUP:-}" ] || on_all "$SETUP"
   on_all "cd jepa_vl && launch/worker.sh start $(say "$@")"
 }
@@ -78,6 +83,7 @@ keep() {
     up
     code=0
     launch/tpu_pod.sh run "$@" || code=$?
+    [ "$code" != 0 ] || exit 0
     look
     while [ "$STATE" = ACTIVE ] && [ "$code" = 255 ]; do  # ssh's own: the connection was lost
       sleep "${DELAY:-30}"
@@ -85,8 +91,7 @@ keep() {
       launch/tpu_pod.sh logs || code=$?
       look
     done
-    sleep "${DELAY:-30}"  # what is being taken away says ACTIVE for a moment
-    look
+    again  # what is being taken away says ACTIVE for a moment
     [ "$STATE" != ACTIVE ] || exit "$code"
     echo "$NAME was preempted (${STATE:-gone}): asking for it again"
   done

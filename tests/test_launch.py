@@ -86,8 +86,8 @@ def test_a_dry_run_says_every_command_with_the_flags_as_given(bare, script, befo
 
 @pytest.mark.parametrize("command, calls", [
   (["up"], ["list", "create", "list"]),
-  (["run", *FLAGS], ["scp", "ssh", "ssh", "ssh"]),
-  (["keep", *FLAGS], ["list", "create", "list", "scp", "ssh", "ssh", "ssh"]),
+  (["run", *FLAGS], ["scp", "ssh", "ssh", "ssh", "ssh"]),
+  (["keep", *FLAGS], ["list", "create", "list", "scp", "ssh", "ssh", "ssh", "ssh"]),
   (["logs"], ["ssh"]),
   (["stop"], ["ssh"]),
   (["down"], ["delete"]),
@@ -185,6 +185,7 @@ def cloud(tmp_path):
 
   def make(states, values):
     tool(python, "python", run % codes(tmp_path, *values))
+    shutil.copytree(ROOT / "launch", worker / "jepa_vl/launch", dirs_exist_ok=True)
     (tmp_path / "states").write_text("".join(f"{s}\n" for s in states))
     tool(tmp_path / "bin", "gcloud", string.Template("""cd $home
       for word; do [[ $$word != --command=* ]] || command="$${word#*=}"; done
@@ -217,6 +218,14 @@ def test_a_tpu_pod_from_nothing_to_the_end(cloud):
   assert (worker / "jepa_vl/main.py").exists() and not (worker / "runs").exists()
 
 
+def test_a_refused_tpu_pod_is_said(cloud):
+  make, start, worker = cloud
+  make(["", "WAITING_FOR_RESOURCES", "FAILED"], [])
+  (worker / ".venv/bin/python.log").write_text("")
+  code, output, *_ = start("up")
+  assert code == 1 and "error: jepa is FAILED" in output, output
+
+
 def test_a_failure_on_a_tpu_pod_is_its_exit_code(cloud):
   make, start, _ = cloud
   make(["ACTIVE"], [1])
@@ -227,7 +236,7 @@ def test_a_failure_on_a_tpu_pod_is_its_exit_code(cloud):
 
 def test_a_preempted_tpu_pod_is_asked_for_again(cloud):
   make, start, worker = cloud
-  make(["ACTIVE", *["SUSPENDED"] * 3, "PROVISIONING", "ACTIVE"], [1, 0])
+  make(["ACTIVE", "ACTIVE", *["SUSPENDING"] * 3, "SUSPENDED", "PROVISIONING", "ACTIVE"], [1, 0])
   code, output, calls, runs = start("keep", "--config=x", SETUP="echo data >>mounted")
   assert (code, len(runs)) == (0, 2), output
   assert calls.index("delete") < calls.index("create")
