@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes the virtual environment and installs what this machine can
 # use. Sets VENV. ACCELERATOR=cpu|cuda|tpu overrides what is detected.
 VENV="${VENV:-.venv}"
