@@ -8,6 +8,7 @@ each therefore writes a sign of life to the store and watches those of the other
 import ctypes
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ _START = 300  # seconds in which all processes must have come
 _PREFIX = "jepa_vl/"
 
 # Variables that say how many processes a launcher has started.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def start(coordinator=None, num_processes=None, process_id=None, timeout=60.0):
@@ -78,8 +79,9 @@ def _launched_with_others():
     return True
   if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
     return True
-  # On a TPU host one asks Google's metadata, which also knows of slices with a single host.
-  return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+  # A TPU host's metadata tells; a slice of one host is found to be alone.
+  chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 class _LastWords:
