@@ -15,14 +15,16 @@ BATCH = ("data", "fsdp")  # a batch is split over both; fsdp also splits the par
 # First match wins. Tower kernels carry a leading layer dimension, which is never split.
 RULES = (
   (r"attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # (layer, W, 3, H, K)
+  (r"attn/qkv/bias", P(None, None, "tensor", None)),
   (r"attn/out/kernel", P(None, "tensor", None, "fsdp")),  # (layer, H, K, W)
   (r"mlp/up/kernel", P(None, "fsdp", "tensor")),
+  (r"mlp/up/bias", P(None, "tensor")),
   (r"mlp/down/kernel", P(None, "tensor", "fsdp")),
   # (V, W): few vocabularies divide, so both axes split the width
   (r"token_embedding", P(None, ("tensor", "fsdp"))),
   (r"(head|predictor).*/kernel", P("fsdp", "tensor")),
   (r"patch_embedding/kernel", P("fsdp", "tensor")),
-  (r".*", P()),  # biases, LayerNorm, BatchNorm, positions, scalars
+  (r".*", P()),  # other biases, LayerNorm, BatchNorm, positions, scalars
 )
 
 
