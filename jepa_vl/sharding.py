@@ -107,7 +107,7 @@ def _divided(spec, shape, mesh):
 
 
 def _pieces(axes, mesh):
-  """How many pieces an entry of a PartitionSpec (None, an axis or several) cuts a dimension into."""
+  """Number of pieces that an entry of a PartitionSpec (None, an axis or several) cuts into."""
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return math.prod(mesh.shape[a] for a in axes)
 

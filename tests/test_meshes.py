@@ -21,8 +21,8 @@ STEPS = 10
 
 
 def case(data=1, fsdp=1, tensor=1, slices=1, **more):
-  return {f"mesh.{k}": v for k, v in zip(("data", "fsdp", "tensor", "slices"),
-                                         (data, fsdp, tensor, slices), strict=True)} | more  # fmt: skip
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices}
+  return {f"mesh.{k}": v for k, v in sizes.items()} | more
 
 
 PACKED = {"accumulate": 2, "data.text_packing": True}

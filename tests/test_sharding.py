@@ -34,7 +34,8 @@ def ids(mesh):
 
 
 @pytest.mark.parametrize(("sizes", "shape"), [
-  ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)), ({"data": 2, "fsdp": -1, "tensor": 1}, (2, 4, 1)),
+  ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+  ({"data": 2, "fsdp": -1, "tensor": 1}, (2, 4, 1)),
   ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 4)),
 ])  # fmt: skip
 def test_one_size_is_inferred(sizes, shape):
@@ -53,7 +54,7 @@ def test_groups_lie_within_a_slice_of_neighbours(sizes):
 
 
 def devices_in_slices(count):
-  """Eight devices that say which of `count` slices they lie in, as TPUs and GPUs do, out of order."""
+  """Eight devices that say which of `count` slices they lie in, in turn, as TPUs and GPUs do."""
   device = lambda i: types.SimpleNamespace(
     id=i, slice_index=i % count, process_index=i, device_kind="", platform="gpu"
   )
@@ -121,11 +122,12 @@ def test_each_process_feeds_what_its_devices_hold():
 
 def test_what_does_not_divide_stays_whole_and_is_named():
   mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+  attn = {"qkv": {"kernel": np.zeros((2, 192, 3, 3, 64)), "bias": np.zeros((2, 3, 3, 64))}}
   tree = {
-    "tower": {"attn": {"qkv": {"kernel": np.zeros((2, 192, 3, 3, 64)), "bias": np.zeros((2, 3, 3, 64))}}},
+    "tower": {"attn": attn},
     "token_embedding": {"embedding": np.zeros((50257, 192))},
     "image_head": {"out": {"kernel": np.zeros((10, 6))}, "bias": np.zeros(7)},
-  }  # fmt: skip
+  }
   specs = jax.tree.map(lambda s: s.spec, sharding.shardings_of(tree, mesh))
   qkv = specs["tower"]["attn"]["qkv"]
   assert tuple(qkv["kernel"]) == (None, "fsdp", None, None, None)
@@ -212,10 +214,10 @@ def alone():
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_objective_and_batchnorm_give_the_same_numbers(config, alone, sizes):
+def test_every_objective_and_batchnorm_give_the_same_numbers(config, mesh, alone, sizes):
   """Values, running statistics and gradients to 1e-5 of each array's largest."""
   if not alone:
-    alone |= numbers_on(config, sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
+    alone |= numbers_on(config, mesh)
   found = numbers_on(config, sharding.make_mesh(**sizes))
 
   def close(path, a, b):

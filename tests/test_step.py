@@ -16,7 +16,7 @@ from jepa_vl.build import build
 MESHES = [
   {"data": 8, "fsdp": 1, "tensor": 1},
   {"data": 1, "fsdp": 8, "tensor": 1},
-  {"data": 2, "fsdp": 2, "tensor": 2},
+  {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2},
 ]
 
 
