@@ -25,9 +25,11 @@ def get_config():
   # LeVLJEPA authors' files, timm's ViT, Hugging Face's GPT2Model; several are joined by commas
 
   c.mesh = ConfigDict()
-  c.mesh.data = -1  # -1: all devices that the other two leave
+  c.mesh.data = -1  # splits the batch; of data, fsdp, tensor one may be -1: what the others leave
   c.mesh.fsdp = 1  # splits batch, parameters and optimizer state
-  c.mesh.tensor = 1  # splits the towers' heads and hidden units
+  c.mesh.tensor = 1  # splits attention heads, hidden units and their parameters
+  c.mesh.slices = -1  # groups of devices with a slow network between, which split `data` alone; -1:
+  # as the devices say (TPU slices, nodes of GPUs), a number: so many equal groups of neighbours
 
   c.model = ConfigDict()
   c.model.size = "base"  # nano, micro, tiny, small, base, large, huge: of both towers

@@ -1,10 +1,12 @@
 """The mesh, the table of parameter shardings, and moving host arrays on to the mesh."""
 
+import math
 import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -13,33 +15,62 @@ BATCH = ("data", "fsdp")  # a batch is split over both; fsdp also splits the par
 # First match wins. Tower kernels carry a leading layer dimension, which is never split.
 RULES = (
   (r"attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # (layer, W, 3, H, K)
+  (r"attn/qkv/bias", P(None, None, "tensor", None)),
   (r"attn/out/kernel", P(None, "tensor", None, "fsdp")),  # (layer, H, K, W)
   (r"mlp/up/kernel", P(None, "fsdp", "tensor")),
+  (r"mlp/up/bias", P(None, "tensor")),
   (r"mlp/down/kernel", P(None, "tensor", "fsdp")),
-  (r"token_embedding", P("tensor", "fsdp")),
+  # (V, W): few vocabularies divide, so both axes split the width
+  (r"token_embedding", P(None, ("tensor", "fsdp"))),
   (r"(head|predictor).*/kernel", P("fsdp", "tensor")),
   (r"patch_embedding/kernel", P("fsdp", "tensor")),
-  (r".*", P()),  # biases, LayerNorm, BatchNorm, positions, scalars
+  (r".*", P()),  # other biases, LayerNorm, BatchNorm, positions, scalars
 )
 
 
-def make_mesh(*, data, fsdp, tensor, devices=None):
+def make_mesh(*, data, fsdp, tensor, slices=-1, devices=None):
   """A mesh of all devices with axes data, fsdp, tensor; one size may be -1 (what is left).
 
+  slices: groups of devices with a slow network (DCN) between them: TPU slices, or nodes of GPUs.
+    -1 takes the devices' own word, `slice_index`; a number, that many equal groups of neighbours.
+    They split `data` alone, so that only gradients and batch statistics cross that network.
+
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or the slices divide neither.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
   if sizes.count(-1) == 1:
-    known = int(np.prod([s for s in sizes if s != -1]))
+    known = math.prod(s for s in sizes if s != -1)
     sizes[sizes.index(-1)] = len(devices) // max(known, 1)
-  if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
     raise ValueError(
       f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not multiply to the "
       f"{len(devices)} devices; give sizes whose product is {len(devices)}, at most one as -1"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  grid = _device_grid(sizes, slices, devices)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _device_grid(sizes, slices, devices):
+  """The devices as an array of these sizes, each slice one block along the first."""
+  own = len({getattr(d, "slice_index", 0) for d in devices})
+  count = own if slices == -1 else slices
+  if count < 1 or sizes[0] % count:
+    said = f"mesh.slices={slices}" + f" (the devices lie in {own})" * (slices == -1)
+    raise ValueError(
+      f"{said} does not divide the axis that slices split, mesh.data = {sizes[0]} of "
+      f"{len(devices)} devices; make mesh.data a multiple, or set mesh.slices=1 to let all axes "
+      "cross the network between slices"
+    )
+  if count != own:  # groups that the devices do not know of: neighbours, in the order given
+    return np.asarray(devices).reshape(sizes)
+  within = [sizes[0] // count, *sizes[1:]]
+  if count == 1:
+    return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+  return mesh_utils.create_hybrid_device_mesh(
+    within, (count, 1, 1), devices, allow_split_physical_axes=True
+  )
 
 
 def batch_shards(mesh):
@@ -49,9 +80,11 @@ def batch_shards(mesh):
 
 def constrain(x, *axes):
   """Pins an activation's layout; "batch" stands for the data axes. A no-op without a mesh."""
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, P(*(BATCH if a == "batch" else a for a in axes)))
+  spec = _divided([BATCH if a == "batch" else a for a in axes], x.shape, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def path_name(path):
@@ -66,9 +99,17 @@ def _rule(name):
 def spec_for(name, shape, mesh):
   """PartitionSpec of one leaf by RULES; an axis that does not divide its dimension is dropped."""
   spec = _rule(name)
-  if len(spec) > len(shape):
-    return P()
-  return P(*(a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)))
+  return _divided(spec, shape, mesh) if len(spec) <= len(shape) else P()
+
+
+def _divided(spec, shape, mesh):
+  return P(*(a if n % _pieces(a, mesh) == 0 else None for a, n in zip(spec, shape, strict=False)))
+
+
+def _pieces(axes, mesh):
+  """Number of pieces that an entry of a PartitionSpec (None, an axis or several) cuts into."""
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[a] for a in axes)
 
 
 def shardings_of(tree, mesh):
@@ -83,9 +124,11 @@ def undivided(tree, mesh):
   names = []
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
     name = path_name(path)
-    for i, axis in enumerate(_rule(name)[: len(x.shape)]):
-      if axis and mesh.shape[axis] > 1 and x.shape[i] % mesh.shape[axis]:
-        names.append(f"{name} {tuple(x.shape)}: {x.shape[i]} over {axis}={mesh.shape[axis]}")
+    for n, axes in zip(x.shape, _rule(name), strict=False):
+      if n % _pieces(axes, mesh):
+        axes = (axes,) if isinstance(axes, str) else axes
+        over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes)
+        names.append(f"{name} {tuple(x.shape)}: {n} over {over}")
   return names
 
 
@@ -95,7 +138,27 @@ def describe_arrays(tree):
   return {path_name(path): f"{x.dtype} {tuple(x.shape)}" for path, x in leaves}
 
 
+def row_parts(mesh):
+  """Which rows of a batch this process feeds: `parts` of `count` equal parts, ascending.
+
+  They are what its devices hold. They need not be neighbours (a host of a TPU pod has a square of
+  chips, of which the batch runs along rows), and processes that share a part all feed it.
+  """
+  count = batch_shards(mesh)
+  places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,))
+  return tuple(sorted({index[0].start or 0 for index in places.values()})), count
+
+
 def put_batch(batch, mesh):
-  """This process's rows (host arrays) -> global arrays, rows split over data and fsdp."""
+  """This process's rows, those of `row_parts` in their order -> global arrays, split over BATCH."""
+  parts, count = row_parts(mesh)
   sharding = NamedSharding(mesh, P(BATCH))
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+  def put(x):
+    rows = len(x) // len(parts)  # of a part
+    own = dict(zip(parts, x.reshape(len(parts), rows, *x.shape[1:]), strict=True))
+    return jax.make_array_from_callback(
+      (count * rows, *x.shape[1:]), sharding, lambda index: own[(index[0].start or 0) // rows]
+    )
+
+  return {k: put(v) for k, v in batch.items()}

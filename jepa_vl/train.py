@@ -116,9 +116,10 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   encode = make_encode(run)
   evals.prepare(encode, config.evals)
   board = feed.Board()
+  parts, count = sharding.row_parts(run.mesh)
   batches = pipeline.batches(
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed,
-    start_step=start, process=jax.process_index(), processes=jax.process_count(), board=board,
+    start_step=start, parts=parts, count=count, board=board,
   )  # fmt: skip
   counters = DataCounters(run.source, config.data.max_bad_fraction)
   meter = metrics.Meter(config.batch_size, run.flops, list(run.mesh.devices.flat))

@@ -196,7 +196,7 @@ def test_batches_do_not_depend_on_processes_workers_or_a_restart(source, tok, cf
   assert_equal(take(source, tok, cfg, 3, start=2), straight[2:])
   for processes in (2, 4):
     parts = [
-      take(source, tok, cfg, 5, process=p, processes=processes) for p in range(processes)
+      take(source, tok, cfg, 5, parts=(p,), count=processes) for p in range(processes)
     ]
     shares = zip(*parts, strict=True)
     assert_equal([{k: np.concatenate([b[k] for b in s]) for k in s[0]} for s in shares], straight)
@@ -362,4 +362,4 @@ def test_what_cannot_be_packed_is_refused(config, source, tok, cfg):
   c.data.packing_group = 4
   build_lib.build(c)
   with pytest.raises(ValueError, match="packing_group=8 x accumulate=1 .* 4 rows .* use 4$"):
-    take(source, tok, cfg, 1, processes=4)
+    take(source, tok, cfg, 1, count=4)

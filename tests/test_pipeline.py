@@ -67,7 +67,7 @@ def test_a_batch_does_not_depend_on_where_the_run_started(source, tok, cfg, star
 def test_processes_share_the_rows_of_one_global_batch(source, tok, cfg, processes):
   steps = 7  # 2.4 epochs
   parts = [
-    take(source, tok, cfg, steps, process=p, processes=processes) for p in range(processes)
+    take(source, tok, cfg, steps, parts=(p,), count=processes) for p in range(processes)
   ]
   joined = [rows(shares) for shares in zip(*parts, strict=True)]
   assert_equal(rows(joined), rows(take(source, tok, cfg, steps)))
@@ -80,9 +80,9 @@ def test_worker_processes_do_not_change_the_batches(source, tok, cfg, workers):
   assert_equal(rows(take(source, tok, cfg, 5, start=2)), alone)
 
 
-def test_batch_must_divide_over_the_processes(source, tok, cfg):
-  with pytest.raises(ValueError, match="batch_size=8 is not a multiple of the 3 processes"):
-    take(source, tok, cfg, 1, processes=3)
+def test_batch_must_divide_into_parts(source, tok, cfg):
+  with pytest.raises(ValueError, match="batch_size=8 is not a multiple of the 3 parts of its rows"):
+    take(source, tok, cfg, 1, count=3)
 
 
 def test_unknown_augmentation_is_refused(source, tok, cfg):

@@ -71,8 +71,8 @@ def run(source, tok, cfg, case):
     bounds = [*([] if restarts and cfg.workers else [0]), *restarts, STEPS]
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
       batches = pipeline.batches(
-        source, tok, cfg, batch_size=BATCH, seed=SEED, start_step=start, process=process,
-        processes=processes,
+        source, tok, cfg, batch_size=BATCH, seed=SEED, start_step=start, parts=(process,),
+        count=processes,
       )  # fmt: skip
       for step in range(start, stop):
         batch = next(batches)

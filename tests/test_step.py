@@ -1,5 +1,6 @@
 """The train step: equal under every mesh, accumulation as defined, stop-gradient that stops."""
 
+import math
 import re
 
 import jax
@@ -15,7 +16,7 @@ from jepa_vl.build import build
 MESHES = [
   {"data": 8, "fsdp": 1, "tensor": 1},
   {"data": 1, "fsdp": 8, "tensor": 1},
-  {"data": 2, "fsdp": 2, "tensor": 2},
+  {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2},
 ]
 
 
@@ -39,7 +40,9 @@ ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
 def few_devices(monkeypatch):
   """A mesh takes as many of the eight devices as its sizes ask for."""
   make = sharding.make_mesh
-  few = lambda **sizes: make(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+  few = lambda *, slices, **sizes: make(
+    **sizes, slices=slices, devices=jax.devices()[: math.prod(sizes.values())]
+  )
   monkeypatch.setattr(sharding, "make_mesh", few)
 
 

@@ -79,7 +79,7 @@ class Batches:
   """
 
   def __init__(
-    self, source, tokenizer, cfg, *, batch_size, seed, start_step, process, processes, board
+    self, source, tokenizer, cfg, *, batch_size, seed, start_step, parts, count, board
   ):
     if cfg.augment not in transforms.AUGMENT:
       raise ValueError(
@@ -88,7 +88,8 @@ class Batches:
     self._source, self._tokenizer, self._cfg = source, tokenizer, cfg
     self._augment = transforms.AUGMENT[cfg.augment]
     self._batch_size, self._seed, self._start = batch_size, seed, start_step
-    self._process, self._local = process, batch_size // processes
+    part = batch_size // count
+    self._rows = [row for p in parts for row in range(p * part, (p + 1) * part)]
     self._order = Order(source, seed)
     self._board = board
 
@@ -96,17 +97,17 @@ class Batches:
     return _ENDLESS
 
   def __getitem__(self, k):
-    first = (self._start + k) * self._batch_size + self._process * self._local
-    drawn = [self._order[p] for p in range(first, first + self._local)]
+    first = (self._start + k) * self._batch_size
+    drawn = [self._order[first + row] for row in self._rows]
     batch, captions, host = {}, [], []
-    for start in range(0, self._local, _STAGED):
+    for start in range(0, len(drawn), _STAGED):
       stretch = drawn[start : start + _STAGED]
       records = [self._read(example) for _, example in stretch]
       for (epoch, example), record in zip(stretch, records, strict=True):
         record, images, index, reason = self._row(epoch, example, record)
         for name, image in images.items():
           if name not in batch:
-            batch[name] = np.empty((self._local, *image.shape), image.dtype)
+            batch[name] = np.empty((len(drawn), *image.shape), image.dtype)
           batch[name][len(captions)] = image
         captions.append(self._caption(epoch, index, record))
         code = transforms.REASONS.index(reason) if reason else -1
@@ -189,29 +190,30 @@ def why_bad(source, index):
 
 
 def batches(
-  source, tokenizer, cfg, *, batch_size, seed, start_step, process=0, processes=1, board=None
+  source, tokenizer, cfg, *, batch_size, seed, start_step, parts=(0,), count=1, board=None
 ):
-  """Iterator over this process's rows of the global batches start_step, start_step + 1, ...
+  """Iterator over one process's rows of the global batches start_step, start_step + 1, ...
 
+  parts: which of `count` equal parts of a batch's rows are this process's
+    (`sharding.row_parts`); the rows come in that order.
   cfg: the config's `data` sub-tree with `image_size`, `text_length`, `readout` and `accumulate`
     added. With `text_packing` the batch's captions come as `packing.pack` lays them.
   board: the feed.Board on which the processes say what they are at.
 
   Raises:
-    ValueError: `batch_size` is not a multiple of the number of processes, or a process's share
-      not one of the packed groups.
+    ValueError: `batch_size` is not a multiple of `count`, or a part not one of the packed groups.
   """
-  if batch_size % processes:
-    raise ValueError(f"batch_size={batch_size} is not a multiple of the {processes} processes")
-  share = batch_size // processes
-  if cfg.text_packing and share % (cfg.packing_group * cfg.accumulate):
+  if batch_size % count:
+    raise ValueError(f"batch_size={batch_size} is not a multiple of the {count} parts of its rows")
+  part = batch_size // count
+  if cfg.text_packing and part % (cfg.packing_group * cfg.accumulate):
     raise ValueError(
       f"data.packing_group={cfg.packing_group} x accumulate={cfg.accumulate} does not divide the "
-      f"{share} rows of a process; use {math.gcd(cfg.packing_group, share // cfg.accumulate)}"
+      f"{part} rows of a part; use {math.gcd(cfg.packing_group, part // cfg.accumulate)}"
     )
   every = Batches(
     source, tokenizer, cfg, batch_size=batch_size, seed=seed, start_step=start_step,
-    process=process, processes=processes, board=board or feed.NO_BOARD,
+    parts=parts, count=count, board=board or feed.NO_BOARD,
   )  # fmt: skip
   ds = grain.MapDataset.source(every)
   if cfg.text_packing:

@@ -73,7 +73,10 @@ class GPT(nn.Module):
       text, position = text.reshape(-1, L), position.reshape(-1, L)  # (G R, L)
       positions = positions[position]
       keys = own_caption(position)[:, None]
-    x = embed(text) + positions.astype(self.dtype)
+    # Whole over fsdp, which splits the tokens too; a table split otherwise than what it gives
+    # would have XLA make every token's row on every device.
+    table = constrain(embed.embedding.astype(self.dtype), None, "tensor")  # (V, W)
+    x = jnp.take(table, text, axis=0) + positions.astype(self.dtype)
     x = constrain(x, "batch", None, None)  # (B, L, W), or (G R, L, W)
 
     block = dict(
