@@ -77,11 +77,12 @@ def start(coordinator=None, num_processes=None, process_id=None, timeout=60.0):
 def _launched_with_others():
   if any(int(os.environ.get(name, 1)) > 1 for name in _COUNTS):
     return True
-  if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
+  installed = importlib.util.find_spec
+  if "JOB_COMPLETION_INDEX" in os.environ and installed("kubernetes"):  # which jax asks there
     return True
   # A TPU host's metadata tells; a slice of one host is found to be alone.
   chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-  return bool(chips) and importlib.util.find_spec("libtpu") is not None
+  return bool(chips and installed("libtpu"))
 
 
 class _LastWords:
@@ -123,8 +124,9 @@ class Watch:
     hosts = self._gather("host", "has not come")
     self._names = [f"process {p} on {host}" for p, host in enumerate(hosts)]
     _LAST_WORDS.text = (
-      f"the connection to {self._names[0]}, which coordinates the run, is lost: it has died or the "
-      "network has failed. The same command goes on from the last checkpoint"
+      "ended from below, for the reason above; if that is the distributed service, "
+      f"{self._names[0]}, which coordinates the run, has died or lost its network. The same "
+      "command goes on from the last checkpoint"
     )
     self._ended = threading.Event()
     self._round = time.monotonic()  # when the store last answered
@@ -177,7 +179,8 @@ class Watch:
   def _silent(self, process):
     return (
       f"{self._names[process]} has given no sign of life for {self._timeout:.0f} s "
-      "(peer_timeout): it has died or hangs. The same command goes on from the last checkpoint"
+      "(peer_timeout): it has died, stands still or lost its network. The same command goes on "
+      "from the last checkpoint"
     )
 
   def _end(self, why):

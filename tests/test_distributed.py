@@ -35,7 +35,7 @@ def reached(workdir, step):
     ("SIGKILL", 2, f"process 2 on {HOST} has given no sign of life for 8 s"),
     ("SIGSTOP", 1, f"process 1 on {HOST} has given no sign of life for 8 s"),
     # The others' connection breaks at once if process 0 dies, and stands still with it.
-    ("SIGKILL", 0, f"the connection to process 0 on {HOST}, which coordinates the run, is lost"),
+    ("SIGKILL", 0, f"process 0 on {HOST}, which coordinates the run, has died"),
     ("SIGSTOP", 0, f"process 0 on {HOST} has given no sign of life for 8 s"),
   ],
 )
