@@ -5,7 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
-  "sharding": 0, "metrics": 0,
+  "sharding": 0, "metrics": 0, "workdir": 0,
   "model": 1, "optim": 1, "checkpoint": 1,
   "state": 2, "data": 2, "objectives": 2, "interop": 2,
   "step": 3, "evals": 3,
