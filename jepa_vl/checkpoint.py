@@ -157,16 +157,20 @@ class Checkpoints:
       ) from e
 
   def close(self):
+    """Waits for the save in flight; says which checkpoint is the best, if that was asked for."""
     self.wait()
+    best = self._manager.best_step() if self._best else None
+    if best is not None:
+      log.info("the best checkpoint by keep_best=%s is %s", self._best, self.path(best))
     self._manager.close()
 
 
 def _move_aside(path):
   """Renames the folder to PATH.damaged, or the like; returns what failed, "" if nothing did."""
-  aside = path + ".damaged"
+  aside = epath.Path(path + ".damaged")
   try:
-    while epath.Path(aside).exists():
-      aside += "_"
+    while aside.exists():
+      aside = epath.Path(f"{aside}_")
     epath.Path(path).rename(aside)
   except Exception as e:  # each store's package raises its own
     return _first_line(e)

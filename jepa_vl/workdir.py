@@ -20,16 +20,22 @@ RESUMED = ("metrics.jsonl", "evals.jsonl", "wandb_id")
 
 
 def resolve(path):
-  """The absolute path of a folder; an address as it is, without a last slash."""
+  """The absolute path of a folder; an address as it is, without a last slash.
+
+  Raises:
+    ValueError: an address that cannot be reached; what that needs.
+  """
   path = os.fspath(path)
   if not is_address(path):
     return os.path.abspath(os.path.expanduser(path))
   try:
     epath.Path(path).exists()
-  except (ImportError, KeyError) as e:  # the store's package; epath's for an unknown scheme
+  except Exception as e:  # ImportError, KeyError of an unknown scheme, each store's own
     scheme = path.split("://")[0]
-    needs = f"pip install {STORES[scheme]}" if scheme in STORES else f"known are {_schemes()}"
-    raise ValueError(f"{path}: {scheme}:// cannot be opened ({e}); {needs}") from e
+    needs = f"it needs pip install {STORES.get(scheme)}, and credentials"
+    if scheme not in STORES:
+      needs = f"known are {_schemes()}"
+    raise ValueError(f"{path} cannot be reached ({type(e).__name__}: {e}); {needs}") from e
   return path.rstrip("/")
 
 
