@@ -97,6 +97,20 @@ checkpoint.{part} = fail
   assert "process 1: stale file handle" in results[0].output
 
 
+def test_a_disk_that_is_full_for_all_ends_all_in_words(copy):
+  action = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+noise = jax.random.normal(jax.random.key(0), (512, 1024))  # more than fits
+checkpoints.save(3, make(3).replace(opt=jax.device_put(noise, split("fsdp", None))), {})
+checkpoints.wait()
+"""
+  for result in run(2, program(copy, action), timeout=100):
+    assert result.code == 1 and "could not be saved" in result.output, result.output
+    assert f"The last good one is {copy}/2" in result.output
+  assert_restored(run(1, program(copy), devices=2), 2)
+
+
 def test_processes_that_see_other_checkpoints_are_told(copy, tmp_path):
   """The first would go on from step 2, the second start anew, and each wait for the other."""
   (tmp_path / "1").mkdir()

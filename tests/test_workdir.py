@@ -1,6 +1,7 @@
 """Workdirs at addresses: checkpoints go straight there, small files by way of a local folder."""
 
 import pathlib
+import sys
 
 import pytest
 from etils import epath
@@ -14,10 +15,20 @@ def store(tmp_path_factory):
   """store://NAME, an address of which epath alone knows what lies behind it."""
   folder = tmp_path_factory.mktemp("store")
 
+  def behind(part):
+    part = str(part)
+    return str(folder / part.removeprefix("store://")) if part.startswith("store://") else part
+
   @epath.register_path_cls("store://")
-  class Store:
-    def __new__(cls, path):
-      return epath.Path(folder / path.removeprefix("store://"))
+  class Store(type(epath.Path("/"))):
+    if sys.version_info < (3, 12):  # pathlib's paths are made by the one, then by the other
+
+      def __new__(cls, *parts):
+        return super().__new__(cls, *map(behind, parts))
+    else:
+
+      def __init__(self, *parts):
+        super().__init__(*map(behind, parts))
 
   return folder
 
