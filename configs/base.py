@@ -19,6 +19,9 @@ def get_config():
   c.eval_every = 10_000  # 0: only at the end
   c.checkpoint_every = 2_000  # steps; 0: only at the end and when stopped
   c.keep_checkpoints = 2  # the newest so many stay
+  c.keep_every = 0  # those whose step is a multiple stay too; 0: off
+  c.keep_best = ""  # and the one with the highest EVALUATION/KEY, as "retrieval/val/i2t/avg/R@10";
+  # "-EVALUATION/KEY" for the lowest. Every evaluation is then followed by a save
   c.peer_timeout = 60.0  # seconds without a sign of life from another process that end the run
   c.wandb = ""  # project name; needs the wandb package
   c.init_from = ""  # weights to start from: a checkpoint or its workdir, an exported folder, the

@@ -49,6 +49,7 @@ MINIMUM = {
   "eval_every": 0,
   "checkpoint_every": 0,
   "keep_checkpoints": 1,
+  "keep_every": 0,
   "peer_timeout": 1.0,
   "model.image_size": 1,
   "model.patch_size": 1,
@@ -134,6 +135,8 @@ def build(config, *, training=True):
   machine.
   """
   check_numbers(config)
+  if training:
+    check_keep_best(config)
   evals.check(config.evals)
   mesh = sharding.make_mesh(**config.mesh)
   if training:
@@ -164,6 +167,26 @@ def check_numbers(config):
   for key, least in MINIMUM.items():
     if values[key] < least:
       raise ValueError(f"{key} must be at least {least}, got {values[key]}")
+
+
+def check_keep_best(config):
+  """Raises ValueError if no evaluation along the way can give the figure that `keep_best` names."""
+  if not config.keep_best:
+    return
+  name, *rest = config.keep_best.removeprefix("-").split("/")
+  if name not in config.evals or not rest:
+    raise ValueError(
+      f"keep_best={config.keep_best!r} must be EVALUATION/KEY, as in evals.jsonl, of the run's "
+      f"evaluations: {', '.join(config.evals) or 'there are none'}"
+    )
+  splits = config.evals[name].get("splits", ())
+  if rest[0] not in splits:
+    raise ValueError(
+      f"keep_best={config.keep_best!r}: evals.{name}.splits has no {rest[0]!r}, only "
+      f"{', '.join(splits)}"
+    )
+  if not config.eval_every:
+    raise ValueError("keep_best needs evaluations along the way: set eval_every above 0")
 
 
 def check_batch(config, mesh):

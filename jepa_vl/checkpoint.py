@@ -1,14 +1,20 @@
 """Checkpoints by orbax: asynchronous, atomic, with what is needed to open them kept inside."""
 
 import contextlib
-import glob
+import difflib
 import logging
+import math
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
+
+from jepa_vl.distributed import exchange
+from jepa_vl.workdir import resolve
 
 log = logging.getLogger(__name__)
 
@@ -18,17 +24,32 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-  """The checkpoints of one workdir, `workdir/checkpoints/STEP`.
+  """The checkpoints of one workdir, `workdir/checkpoints/STEP`, in a folder or at an address.
 
-  Each holds `state` (sharded arrays) and `meta` (JSON: config, tokenizer, dataset identity). A
-  save is written to a temporary name and renamed when whole, in the background.
+  Each holds `state` (sharded arrays), `meta` (JSON: config, tokenizer, dataset identity) and, where
+  it was evaluated, `metrics`. A save is written to a temporary name and renamed when whole, in the
+  background. Of several processes, all have to call every method.
+
+  What stays: the newest `keep`; those whose step is a multiple of `every` (0: none); with `best`,
+  the name of a figure as EVALUATION/KEY, the one whose figure is the highest, or the lowest for
+  "-EVALUATION/KEY".
   """
 
-  def __init__(self, directory, *, keep):
-    self._directory = os.path.abspath(directory)
+  def __init__(self, directory, *, keep, every=0, best=""):
+    self._directory, self._best = resolve(directory), best.removeprefix("-")
+    figure = _figure(self._best, sign=-1 if best.startswith("-") else 1)
+    policies = [managers.LatestN(keep)]
+    if every:
+      policies.append(managers.EveryNSteps(every))
+    if best:
+      policies.append(
+        managers.BestN(get_metric_fn=figure, n=1, keep_checkpoints_without_metrics=False)
+      )
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, cleanup_tmp_directories=True
-    )
+      preservation_policy=managers.AnyPreservationPolicy(policies),
+      best_fn=figure if best else None,  # without one, figures are not saved
+      create=True, cleanup_tmp_directories=True,
+    )  # fmt: skip
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   @property
@@ -40,34 +61,49 @@ class Checkpoints:
     """Folder of one checkpoint."""
     return os.path.join(self._directory, str(step))
 
-  def save(self, step, state, meta):
+  def save(self, step, state, meta, evaluations=None):
     """Starts saving `state` as of `step`; waits only for the save before. A step is saved once.
+
+    `evaluations`: {name: {key: figure}} of this very state, if it was evaluated.
 
     Raises:
       OSError: this save or the one before failed, for example for want of space.
+      ValueError: the evaluations do not hold the figure by which the best is kept.
     """
     if step == self.latest:
       return
-    meta = {**meta, "fingerprint": fingerprint(state)}
-    meta["variables_fingerprint"] = fingerprint(state.variables)
+    sums = jax.device_get(_sums_of_words(state))
+    meta = {**meta, "fingerprint": _weigh(sums), "variables_fingerprint": _weigh(sums.variables)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    figures = {
+      f"{name}/{key}": figure
+      for name, values in (evaluations or {}).items()
+      for key, figure in values.items()
+    }
     with self._failure_in_words():
-      self._manager.save(step, args=items)
+      self._manager.save(step, args=items, metrics=figures or None)
+    if figures and self._best and self._best not in figures:  # what was trained is saved first
+      near = difflib.get_close_matches(self._best, figures, n=3, cutoff=0.3)
+      raise ValueError(
+        f"keep_best={self._best!r} is no figure of the evaluations; near are {', '.join(near)} "
+        "(evals.jsonl has all, as name and key). The same command with another goes on from here"
+      )
 
   def restore(self, abstract_state, check):
     """The newest whole checkpoint as (step, state), or None if there is none.
 
-    `check(meta)` may refuse (raise) before any array is read. A checkpoint that cannot be read is
-    said, and the one before is taken; once that is open, the damaged one is set aside as
-    `STEP.damaged`.
+    `check(meta)` may refuse (raise) before any array is read. A checkpoint that some process cannot
+    read is said, and the one before is taken by all; once that is open, the damaged one is set
+    aside as `STEP.damaged`.
 
     Raises:
-      ValueError: from `check`, or no checkpoint can be read; then nothing has been moved.
+      ValueError: from `check`, the processes see different checkpoints, or none can be read; then
+        nothing has been moved.
     """
     damaged = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in self._agreed_steps():
       try:
-        state = _read_step(self._manager, step, abstract_state, check)
+        state = _read_state(self.path(step), abstract_state, check)
       except Damaged as e:
         damaged[step] = e
         continue
@@ -82,17 +118,25 @@ class Checkpoints:
       )
     return None
 
+  def _agreed_steps(self):
+    """The steps from the newest on. A process that saw others would wait for ever."""
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    lists = exchange(" ".join(map(str, steps)))
+    for i, there in enumerate(lists):
+      if there != lists[0]:
+        raise ValueError(
+          f"{self._directory}: process 0 sees the checkpoints {lists[0] or 'none'}, process {i} "
+          f"sees {there or 'none'}; is it one folder that all processes share?"
+        )
+    return steps
+
   def _set_aside(self, damaged):
     for step, why in damaged.items():
-      aside = self.path(step) + ".damaged"
-      while os.path.exists(aside):
-        aside += "_"
-      log.warning(
-        "checkpoint %s cannot be read (%s); set aside as %s, taking the one before",
-        self.path(step), why, aside,
-      )  # fmt: skip
-      if jax.process_index() == 0:
-        os.rename(self.path(step), aside)
+      path = self.path(step)
+      log.warning("checkpoint %s cannot be read (%s); taking the one before", path, why)
+      error = exchange("" if jax.process_index() else _move_aside(path))[0]
+      if error:
+        raise OSError(f"{path} is damaged and cannot be set aside ({error}); move it away")
     if damaged:
       self._manager.reload()
 
@@ -106,37 +150,73 @@ class Checkpoints:
     try:
       yield
     except Exception as e:  # tensorstore's and orbax's own
-      whole = sorted(int(name) for name in os.listdir(self._directory) if name.isdigit())
-      good = f"The last good one is {self.path(whole[-1])}" if whole else "There is none yet"
+      whole = find(os.path.dirname(self._directory))
+      good = f"The last good one is {whole}" if whole else "There is none yet"
       raise OSError(
         f"a checkpoint could not be saved in {self._directory} ({_first_line(e)}). {good}. Make "
         "room or lower keep_checkpoints, and start again to go on from it"
       ) from e
 
   def close(self):
+    """Waits for the save in flight; says which checkpoint is the best, if that was asked for."""
     self.wait()
+    best = self._manager.best_step() if self._best else None
+    if best is not None:
+      log.info("the best checkpoint by keep_best=%s is %s", self._best, self.path(best))
     self._manager.close()
+
+
+def _move_aside(path):
+  """Renames the folder to PATH.damaged, or the like; returns what failed, "" if nothing did."""
+  aside = epath.Path(path + ".damaged")
+  try:
+    while aside.exists():
+      aside = epath.Path(f"{aside}_")
+    epath.Path(path).rename(aside)
+  except Exception as e:  # each store's package raises its own
+    return _first_line(e)
+  log.warning("%s is set aside as %s", path, aside)
+  return ""
+
+
+def _figure(name, sign):
+  """The figure that orbax ranks by, from a checkpoint's `metrics`; the highest stays."""
+
+  def rank(metrics):
+    value = metrics.get(name)
+    return -math.inf if value is None or math.isnan(value) else sign * value
+
+  return rank
 
 
 VARIABLES = ("params", "batch_stats")  # the part of a state that a model takes
 
 
 def find(path):
-  """WORKDIR/checkpoints/STEP from itself or, the newest, from WORKDIR; None if it is neither."""
-  path = os.path.abspath(os.path.expanduser(path))
-  name = os.path.basename
-  is_checkpoint = lambda p: name(p).isdigit() and os.path.isdir(os.path.join(p, "state"))
-  if is_checkpoint(path):
-    return path
-  steps = glob.glob(os.path.join(glob.escape(path), "checkpoints", "*"))
-  return max(filter(is_checkpoint, steps), key=lambda p: int(name(p)), default=None)
+  """WORKDIR/checkpoints/STEP from itself or, the newest, from WORKDIR; None if it is neither.
+
+  Either may be an address, such as gs://bucket/run.
+  """
+  path = epath.Path(resolve(path))
+  if _is_checkpoint(path):
+    return str(path)
+  folder = path / "checkpoints"
+  steps = filter(_is_checkpoint, folder.iterdir() if folder.is_dir() else ())
+  newest = max(steps, key=lambda p: int(p.name), default=None)
+  return newest and str(newest)
+
+
+def _is_checkpoint(path):
+  # In a bucket a save that was cut short has its final name, and lacks a mark.
+  is_step = path.name.isdigit() and (path / "state").is_dir()
+  return is_step and ocp.utils.is_checkpoint_finalized(path)
 
 
 def read(path, abstract_variables, check):
   """The variables of one checkpoint, WORKDIR/checkpoints/STEP, after `check(meta)`.
 
   `abstract_variables`: ShapeDtypeStructs with shardings, or None for NumPy arrays as they were
-  saved. The optimizer's state is not read.
+  saved. The optimizer's state is not read. Of several processes, all have to call it.
 
   Raises:
     ValueError: from `check`, or the folder holds no readable checkpoint.
@@ -144,77 +224,87 @@ def read(path, abstract_variables, check):
   found = find(path)
   if not found:
     raise ValueError(f"{path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
-  folder, step = os.path.split(found)
-  with _reader(folder) as manager:
-    try:
-      meta = _read_meta(manager, int(step))
-      check(meta)
-      return _read_variables(manager, int(step), abstract_variables, meta)
-    except Damaged as e:
-      raise ValueError(f"{found} cannot be read: {e}") from e
+  try:
+    meta = _together(lambda: _read_meta(found))
+    check(meta)
+    variables = _together(lambda: _read_variables(found, abstract_variables))
+    if "variables_fingerprint" not in meta:
+      log.warning(
+        "this checkpoint is of an older version, without a checksum of its variables alone"
+      )
+    else:
+      _together(lambda: _verify(variables, meta["variables_fingerprint"]))
+  except Damaged as e:
+    raise ValueError(f"{found} cannot be read: {e}") from e
+  return variables
 
 
 def read_meta(path):
   """What the checkpoint at `path` holds beside its arrays. Raises ValueError as `read` does."""
-  folder, step = os.path.split(find(path))
-  with _reader(folder) as manager:
-    try:
-      return _read_meta(manager, int(step))
-    except Damaged as e:
-      raise ValueError(f"{path} cannot be read: {e}") from e
-
-
-def _reader(folder):
-  handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-  options = ocp.CheckpointManagerOptions(read_only=True)
-  return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
-
-
-def _read_variables(manager, step, abstract_variables, meta):
   try:
-    if abstract_variables is None:
-      item = {k: manager.item_metadata(step)["state"][k] for k in VARIABLES}
-      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    else:
-      item = abstract_variables
-      restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    variables = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-  except Exception as e:  # tensorstore's and orbax's own
-    raise Damaged(_first_line(e)) from e
-  if "variables_fingerprint" not in meta:
-    log.warning("this checkpoint is of an older version, without a checksum of its variables alone")
-  elif fingerprint(variables) != meta["variables_fingerprint"]:
-    raise Damaged("its arrays are not those that were saved (checksum differs)")
-  return variables
-
-
-def _read_meta(manager, step):
-  try:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-  except Exception as e:  # tensorstore, orbax and json each raise their own
-    raise Damaged(_first_line(e)) from e
-
-
-def _read_step(manager, step, abstract_state, check):
-  """The state of one step; raises Damaged, or whatever `check(meta)` raises."""
-  meta = _read_meta(manager, step)
-  check(meta)
-  try:
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-    state = manager.restore(step, args=args)["state"]
+    return _read_meta(find(path))
   except Exception as e:
-    raise Damaged(_first_line(e)) from e
-  if fingerprint(state) != meta.get("fingerprint"):
-    raise Damaged("its arrays are not those that were saved (checksum differs)")
+    raise ValueError(f"{path} cannot be read: {_first_line(e)}") from e
+
+
+def _together(read):
+  """`read()`, if no process's failed; else Damaged on all, that none waits for the others.
+
+  Orbax's own managers wait for all processes after a read, also where one has failed.
+  """
+  try:
+    value, error = read(), ""
+  except Exception as e:  # tensorstore, orbax and json each raise their own
+    value, error = None, _first_line(e)
+  errors = exchange(error)
+  if len(errors) > 1:
+    errors = [error and f"process {i}: {error}" for i, error in enumerate(errors)]
+  if any(errors):
+    raise Damaged("; ".join(filter(None, errors)))
+  return value
+
+
+def _read_meta(path):
+  return ocp.JsonCheckpointHandler().restore(epath.Path(path) / "meta")
+
+
+def _read_state(path, abstract_state, check):
+  """The state of one step; raises Damaged, or whatever `check(meta)` raises."""
+  meta = _together(lambda: _read_meta(path))
+  check(meta)
+  args = ocp.args.StandardRestore(abstract_state)
+  handler = ocp.StandardCheckpointHandler()
+  state = _together(lambda: handler.restore(epath.Path(path) / "state", args=args))
+  _together(lambda: _verify(state, meta.get("fingerprint")))
   return state
 
 
+def _read_variables(path, abstract_variables):
+  handler, folder = ocp.PyTreeCheckpointHandler(), epath.Path(path) / "state"
+  if abstract_variables is None:
+    item = {k: handler.metadata(folder)[k] for k in VARIABLES}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+  else:
+    item = abstract_variables
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+  args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+  return handler.restore(folder, args=args)
+
+
+def _verify(tree, number):
+  if fingerprint(tree) != number:
+    raise Damaged("its arrays are not those that were saved (checksum differs)")
+
+
 @jax.jit
-def _sum_of_words(tree):
+def _sums_of_words(tree):
   unsigned = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-  words = [unsigned(x).astype(jnp.uint32) for x in jax.tree.leaves(tree)]
-  return sum(jnp.sum(w, dtype=jnp.uint32) * jnp.uint32(2 * i + 1) for i, w in enumerate(words))
+  return jax.tree.map(lambda x: jnp.sum(unsigned(x).astype(jnp.uint32), dtype=jnp.uint32), tree)
+
+
+def _weigh(sums):
+  """The fingerprint from the sums of its leaves: those of a part serve for the part's own."""
+  return sum(int(s) * (2 * i + 1) for i, s in enumerate(jax.tree.leaves(sums))) % 2**32
 
 
 def fingerprint(state):
@@ -222,7 +312,7 @@ def fingerprint(state):
 
   The storage format notices a truncated file but not a changed byte in an array.
   """
-  return int(_sum_of_words(state))
+  return _weigh(jax.device_get(_sums_of_words(state)))
 
 
 def _first_line(error):

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.distributed import global_state  # the store's client, which jax gives in no other way
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -208,26 +210,6 @@ class Watch:
           + "\nGive every process the same command, code and data"
         )  # fmt: skip
 
-  def check_shared(self, folder):
-    """Raises ValueError if this process does not see what process 0 writes to `folder`."""
-    path = os.path.join(folder, ".shared")
-    if self.process == 0:
-      token = f"{socket.gethostname()} {time.time()}"
-      with open(path, "w") as f:
-        f.write(token)
-      self._set("token", token)
-    token = self._client.blocking_key_value_get(f"{_PREFIX}token/0", _START * 1000)
-    for _ in range(30):  # a network's folder may lag
-      if os.path.exists(path):
-        with open(path) as f:
-          if f.read() == token:
-            return
-      time.sleep(1)
-    raise ValueError(
-      f"--workdir={folder} is not the folder of {self._names[0]}: what that writes there cannot be "
-      "seen here. Give a folder that all hosts share"
-    )
-
   def fail(self, why):
     """Ends this process with exit code 1, and tells the others why."""
     self._ended.set()
@@ -269,6 +251,17 @@ class Consensus:
     )
     self._asked = self._any(bits)
     return answer
+
+
+def exchange(value):
+  """Every process's `value` (what pickles), in the order of processes. All have to call it."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(data)))
+  padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+  every = multihost_utils.process_allgather(padded)
+  return [pickle.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
 def versions():

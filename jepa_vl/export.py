@@ -6,11 +6,13 @@ import os
 
 import jax
 import numpy as np
+from etils import epath
 
 from jepa_vl import checkpoint, encoder, evals
 from jepa_vl.interop import levljepa
 from jepa_vl.model.two_tower import SIZES
 from jepa_vl.model.vit import STATISTICS
+from jepa_vl.workdir import is_address
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def export(path, folder):
 
 def _target(folder):
   """The folder's path. Raises ValueError if it holds what is no earlier export."""
-  if "://" in folder:
+  if is_address(folder):
     raise ValueError(f"--workdir={folder} is an address; exports are written to local folders")
   folder = os.path.abspath(os.path.expanduser(folder))
   used = os.path.isdir(folder) and os.listdir(folder)
@@ -78,12 +80,11 @@ def evaluations(path, step):
   found = checkpoint.find(path)
   if not found:
     return []
-  results = os.path.join(os.path.dirname(os.path.dirname(found)), "results.json")
-  if not os.path.exists(results):
+  results = epath.Path(found).parent.parent / "results.json"
+  if not results.exists():
     return []
   try:
-    with open(results) as f:
-      content = json.load(f)
+    content = json.loads(results.read_text())
     return content["rows"] if content["step"] == step else []
   except (ValueError, KeyError) as e:
     raise ValueError(f"{results} is damaged ({e}); move it away to export without figures") from e

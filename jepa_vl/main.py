@@ -17,13 +17,15 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration.", 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder for checkpoints, logs and results, runs/CONFIG if not given; of export, where to write.",
+  "Folder or address (gs://bucket/run) for checkpoints, logs and results, runs/CONFIG if not "
+  "given; of export, the folder to write to.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "export", "bench"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "WORKDIR/checkpoints/STEP, for --mode=eval and export; export takes weight files too.",
+  "WORKDIR/checkpoints/STEP, or WORKDIR for its newest, for --mode=eval and export; export takes "
+  "weight files too.",
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 _COORDINATOR = flags.DEFINE_string(

@@ -1,6 +1,7 @@
 """The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import logging
@@ -17,6 +18,7 @@ from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_
 from jepa_vl.data import feed, pipeline
 from jepa_vl.data.counters import DataCounters
 from jepa_vl.evals import report
+from jepa_vl.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +31,12 @@ def train(config, workdir, watch=None):
   watch: the distributed.Watch of several processes.
   """
   run = build(config)
-  workdir = prepare_workdir(workdir)
-  check_processes(run, watch, workdir)
+  check_processes(run, watch)
+  workdir = Workdir(workdir)
   checkpoints = checkpoint.Checkpoints(
-    os.path.join(workdir, "checkpoints"), keep=config.keep_checkpoints
-  )
+    workdir.checkpoints, keep=config.keep_checkpoints, every=config.keep_every,
+    best=config.keep_best,
+  )  # fmt: skip
   restored = checkpoints.restore(run.abstract_state, check=lambda meta: check_resume(meta, run))
   if restored:
     start, state = restored
@@ -48,27 +51,23 @@ def train(config, workdir, watch=None):
     if config.init_from:
       state = initialise_from(run, state)
   if jax.process_index() == 0:
-    with open(os.path.join(workdir, "config.json"), "w") as f:
+    with open(os.path.join(workdir.local, "config.json"), "w") as f:
       f.write(config.to_json_best_effort(indent=2) + "\n")
   describe(run, start)
 
-  writer = metrics.Writer(workdir, resumed_step=start, wandb=config.wandb)
-  try:
+  writer = metrics.Writer(workdir.local, resumed_step=start, wandb=config.wandb)
+  closing = contextlib.closing
+  with closing(workdir), closing(checkpoints), closing(writer):
     return _loop(run, workdir, start, state, checkpoints, writer)
-  finally:
-    writer.close()
-    checkpoints.close()
 
 
-def check_processes(run, watch, workdir=None):
-  """Raises ValueError if another process was started otherwise or does not see the workdir."""
+def check_processes(run, watch):
+  """Raises ValueError if another process was started otherwise."""
   if watch:
     watch.check_same(
       flat(run.config.to_dict()) | distributed.versions()
       | {k: run.meta[k] for k in ("data_identity", "tokenizer_identity")}
     )  # fmt: skip
-    if workdir:
-      watch.check_shared(workdir)
 
 
 def initialise_from(run, state):
@@ -144,13 +143,15 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       stopping = agreed(stop.requested)
       evaluating = due(config.eval_every, step) and not last
       saving = stopping or last or due(config.checkpoint_every, step)
+      saving |= evaluating and bool(config.keep_best)
       if evaluating or saving:
         steps.flush(progress)  # a state that is not finite stops here, before it is saved
       pause = time.perf_counter()
-      if evaluating:
-        evaluate(run, encode, state.variables, step, writer)
+      figures = evaluate(run, encode, state.variables, step, writer) if evaluating else None
       if saving:
-        checkpoints.save(step, state, run.meta)
+        checkpoints.save(step, state, run.meta, figures)
+      if evaluating or saving:
+        workdir.push()
       meter.pause(time.perf_counter() - pause)
       if last or stopping:
         break
@@ -304,27 +305,6 @@ class StopSignal:
     self.requested, self.name = True, signal.Signals(number).name
 
 
-def prepare_workdir(workdir):
-  """Makes the folder. Raises ValueError if it cannot be written."""
-  if "://" in workdir:
-    raise ValueError(
-      f"--workdir={workdir} is an address, and only folders can be written yet; give a local or "
-      "mounted folder"
-    )
-  workdir = os.path.abspath(os.path.expanduser(workdir))
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    probe = os.path.join(workdir, ".writable")
-    with open(probe, "w"):
-      pass
-    os.remove(probe)
-  except OSError as e:
-    raise ValueError(
-      f"--workdir={workdir} cannot be written ({e.strerror}); give a folder that you may write to"
-    ) from e
-  return workdir
-
-
 def evaluate(run, encode, variables, step, writer):
   """Runs the configured evaluations and writes them -> {name: metrics}."""
   results = evals.run_all(encode, variables, run.mesh, run.config.evals)
@@ -338,15 +318,16 @@ def finish(run, encode, state, step, writer, workdir):
   trained = evaluate(run, encode, state.variables, step, writer)
   table = table_with_floors(run, encode, trained)
   if jax.process_index() == 0:
-    with open(os.path.join(workdir, "results.json"), "w") as f:
+    with open(os.path.join(workdir.local, "results.json"), "w") as f:
       json.dump({"step": step, "seed": run.config.seed, "rows": table}, f, indent=1)
     if table:
       print(evals.format_table(table))
   pictures = evals.pictures(encode, state.variables, run.config.evals)
   if jax.process_index():
     return
-  path = report.write(workdir, config=run.meta["config"], results=table, **pictures)
-  log.info("all figures: %s; report: %s", os.path.join(workdir, "results.json"), path)
+  path = report.write(workdir.local, config=run.meta["config"], results=table, **pictures)
+  at = lambda name: os.path.join(workdir.path, name)
+  log.info("all figures: %s; report: %s", at("results.json"), at(os.path.basename(path)))
 
 
 def table_with_floors(run, encode, trained):

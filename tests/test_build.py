@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from ml_collections import ConfigDict
 
 from jepa_vl import build as build_lib
 
@@ -79,3 +80,19 @@ def test_a_resume_refuses_what_is_fixed_and_says_what_changed(config, caplog, mo
     other = copy.deepcopy(run.meta) | {key: {"x": "y"} if key == "arrays" else "another"}
     with pytest.raises(ValueError, match="another there|y there"):
       build_lib.check_resume(other, run)
+
+
+@pytest.mark.parametrize("key, words", [
+  ("retrieval/val/i2t/avg/R@10", ["eval_every"]),
+  ("retrieval/A/i2t/avg/R@10", ["evals.retrieval.splits", "'A'", "val"]),
+  ("-depth/val/rmse", ["EVALUATION/KEY", "retrieval"]),
+  ("retrieval", ["EVALUATION/KEY", "retrieval"]),
+])  # fmt: skip
+def test_a_figure_to_keep_the_best_by_must_come_from_the_run(config, key, words):
+  config.evals.retrieval = ConfigDict({"splits": ("val",)})
+  config.keep_best, config.eval_every = key, 0
+  with pytest.raises(ValueError, match="keep_best") as e:
+    build_lib.check_keep_best(config)
+  assert all(word in str(e.value) for word in words)
+  config.keep_best, config.eval_every = "-retrieval/val/i2t/avg/R@10", 5
+  build_lib.check_keep_best(config)

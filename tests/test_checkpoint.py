@@ -1,5 +1,6 @@
 """Checkpoints: damage is noticed and stepped over, and nothing that was whole is lost."""
 
+import math
 import os
 import resource
 import shutil
@@ -28,6 +29,9 @@ def make_state(seed):
 def shapes(state):
   as_struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   return jax.tree.map(as_struct, state)
+
+
+NUMBERED = {"a": jnp.arange(7, dtype=jnp.float32), "b": {"c": jnp.arange(5), "d": jnp.float32(3)}}
 
 
 @pytest.fixture
@@ -133,6 +137,39 @@ def test_only_the_newest_are_kept(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["3", "4"]
 
 
+def steps_in(folder):
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def test_multiples_of_keep_every_stay(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, every=3)
+  for step in range(1, 8):
+    checkpoints.save(step, make_state(step), {})
+  checkpoints.close()
+  assert steps_in(tmp_path) == [3, 6, 7]
+
+
+@pytest.mark.parametrize("sign, best", [("", 2), ("-", 3)], ids=["highest", "lowest"])
+def test_the_best_so_far_stays_also_after_a_restart(tmp_path, sign, best):
+  """A checkpoint without the figure, or with one that is no number, is never the best."""
+  figures = {1: 0.3, 2: 0.9, 3: 0.1, 4: math.nan, 6: 0.5}
+  for steps in ((1, 2, 3, 4), (5, 6, 7)):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best=f"{sign}retrieval/val/R@1")
+    for step in steps:
+      found = {"retrieval": {"val/R@1": figures[step]}} if step in figures else None
+      checkpoints.save(step, make_state(step), {}, found)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [best, steps[-1]]
+
+
+def test_a_figure_that_no_evaluation_gives_is_said_with_near_ones_once_all_is_saved(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best="retrieval/val/R@2")
+  with pytest.raises(ValueError, match="'retrieval/val/R@2' is no .* near are retrieval/val/R@1"):
+    checkpoints.save(1, make_state(1), {}, {"retrieval": {"val/R@1": 0.5}, "rank": {"val/img": 3}})
+  checkpoints.close()
+  assert steps_in(tmp_path) == [1]
+
+
 def test_a_leftover_of_a_killed_save_is_ignored_and_removed(saved):
   leftover = saved / "3.orbax-checkpoint-tmp-0"
   shutil.copytree(saved / "2", leftover)
@@ -161,6 +198,7 @@ def test_fingerprint_is_of_the_bits_not_of_the_layout():
   rows = lambda x: NamedSharding(mesh, P(sharding.BATCH) if x.ndim else P())
   split = jax.device_put(state, jax.tree.map(rows, state))
   assert checkpoint.fingerprint(split) == number
+  assert checkpoint.fingerprint(NUMBERED) == 3269459998  # checkpoints hold such numbers
   kernel = state.params["kernel"].at[3, 5].add(1e-6)
   assert checkpoint.fingerprint(state.replace(params={**state.params, "kernel": kernel})) != number
 

@@ -6,13 +6,14 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
   "sharding": 0, "metrics": 0, "distributed": 0,
-  "model": 1, "optim": 1, "checkpoint": 1,
-  "state": 2, "data": 2, "objectives": 2, "interop": 2,
-  "step": 3, "evals": 3,
-  "build": 4,
-  "train": 5, "encoder": 5,
-  "export": 6,
-  "main": 7,
+  "workdir": 1,
+  "model": 2, "optim": 2, "checkpoint": 2,
+  "state": 3, "data": 3, "objectives": 3, "interop": 3,
+  "step": 4, "evals": 4,
+  "build": 5,
+  "train": 6, "encoder": 6,
+  "export": 7,
+  "main": 8,
 }  # fmt: skip
 # What `python -m` runs goes through main, which alone reads flags and says errors in words.
 PROGRAMS = {("bench.py", "main")}

@@ -3,11 +3,14 @@
 import json
 import os
 import pathlib
+import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import processes
 import pytest
 from records import write
 
@@ -72,7 +75,7 @@ NO_EVALS = ["--config.evals={}"]
   (["--config.text.readout=mean"], 1, ["text.readout", "eot", "last"]),
   (["--config.optim.schedule=step"], 1, ["optim.schedule", "cosine", "wsd"]),
   (["--config.objective.name=magic"], 1, ["objective.name", "levljepa"]),
-  (["--workdir=gs://bucket/run"], 1, ["gs://bucket/run", "local"]),
+  (["--workdir=gs://bucket/run"], 1, ["gs://bucket/run", "pip install gcsfs"]),
 ])  # fmt: skip
 def test_bad_input_is_named_without_a_traceback(tmp_path, flags, code, words):
   status, output = run(f"--workdir={tmp_path / 'run'}", *flags)
@@ -119,26 +122,50 @@ def test_the_canonical_config_without_data_says_what_to_do(tmp_path):
   assert "data.path" in output and "README" in output and "configs/tiny.py" in output
 
 
-def test_killed_and_resumed_equals_straight(tmp_path):
-  """40 steps = 20 steps, kill -9, the rest: every loss and gradient norm to the last bit."""
-  flags = [*NO_EVALS, "--config.steps=40", "--config.log_every=1", "--config.checkpoint_every=10"]
-  status, output = run(f"--workdir={tmp_path / 'straight'}", *flags)
-  assert status == 0, output
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_while_saving_and_resumed_equals_straight(tmp_path, kills):
+  """kill -9 at random moments of saves, then a full disk: all losses to the last bit."""
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),  # the same programs, started often
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  steps = 6 * kills + 14
+  program = ["-m", "jepa_vl.main", *SMALL, *NO_EVALS, f"--config.steps={steps}"]
+  program += ["--config.log_every=1", "--config.checkpoint_every=2", "--config.keep_checkpoints=1"]
+  straight, workdir = tmp_path / "straight", tmp_path / "killed"
+  (result,) = processes.run(1, [*program, f"--workdir={straight}"], env=cache)
+  assert result.code == 0, result.output
 
-  workdir = tmp_path / "killed"
-  process = start(f"--workdir={workdir}", *flags)
-  deadline = time.time() + 200
-  while not (workdir / "checkpoints" / "20").exists():
-    assert process.poll() is None and time.time() < deadline, process.communicate()[0]
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  status, output = run(f"--workdir={workdir}", *flags)
-  assert status == 0, output
-  assert "resuming from" in output
-  straight = losses(tmp_path / "straight")
-  assert sorted(straight) == list(range(1, 41))
-  assert losses(workdir) == straight
+  (workdir / "checkpoints").mkdir(parents=True)
+  unfinished = lambda: [p.name for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
+  saving = lambda step: any(int(name.split(".")[0]) >= step for name in unfinished())
+  whole = lambda: [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+  rng, torn = random.Random(0), 0
+  for fault in [*["kill"] * kills, "full", ""]:
+    newest = max(whole(), default=0)
+    with processes.start(1, [*program, f"--workdir={workdir}"], env=cache) as (process,):
+      if fault:
+        process.wait_until(lambda p=process: "step " in p.output)  # older leftovers are gone
+      if fault == "kill":
+        target = newest + rng.choice((2, 4, 6))
+        process.wait_until(lambda step=target: saving(step))
+        time.sleep(rng.uniform(0.0, 0.2) if newest else 0.0)
+        process.signal("SIGKILL")
+      elif fault:  # refused to write, as by a full disk; the log's lines fit
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+      result = process.wait(200)
+    assert result.code == {"kill": -9, "full": 1, "": 0}[fault], result.output
+    assert ("resuming from" in result.output) == (newest > 0)
+    assert f"checkpoints/{newest}\n" in result.output or not newest, result.output
+    assert "damaged" not in result.output and "cannot be read" not in result.output
+    torn += fault == "kill" and bool(unfinished())
+    if fault == "full":
+      assert "could not be saved" in result.output and "Make room" in result.output
+      assert f"The last good one is {workdir}/checkpoints/{max(whole())}" in result.output
+  print(f"{torn} of {kills} saves were cut short")
+  assert torn
+  assert sorted(losses(straight)) == list(range(1, steps + 1))
+  assert losses(workdir) == losses(straight)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jepa_vl import sharding
+from jepa_vl import distributed, sharding
 from jepa_vl.data import pipeline, sources, transforms
 
 log = logging.getLogger(__name__)
@@ -174,7 +173,7 @@ def read_rows(source, image_size, resize_ratio):
     mine = pipeline.evaluation_rows(
       source, indices, image_size=image_size, resize_ratio=resize_ratio
     )
-    for part in _gather(mine) if processes > 1 else [mine]:
+    for part in distributed.exchange(mine):
       for every, some in zip((records, images, left_out), part, strict=True):
         every.extend(some)
   if not images:
@@ -183,15 +182,6 @@ def read_rows(source, image_size, resize_ratio):
 
 
 _AT_ONCE = 1024  # rows that the processes exchange in one go
-
-
-def _gather(value):
-  """The values of all processes in order: whatever pickles."""
-  data = np.frombuffer(pickle.dumps(value), np.uint8)
-  sizes = multihost_utils.process_allgather(np.array(len(data)))
-  padded = np.pad(data, (0, int(sizes.max()) - len(data)))
-  every = multihost_utils.process_allgather(padded)
-  return [pickle.loads(d[:n].tobytes()) for d, n in zip(every, sizes, strict=True)]
 
 
 # reading -> pairs of (image side, text side) whose cosines are averaged

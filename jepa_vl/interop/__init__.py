@@ -13,9 +13,12 @@ import pathlib
 import re
 from typing import Any
 
+from etils import epath
+
 from jepa_vl import checkpoint
 from jepa_vl.interop import files, gpt2, levljepa, timm
 from jepa_vl.interop.variables import fit, merge, shapes
+from jepa_vl.workdir import is_address, resolve
 
 __all__ = ["Description", "describe", "fit", "read", "shapes"]
 
@@ -118,10 +121,15 @@ def _read_flat(flat):
 
 
 def _check_step(path):
-  folder = os.path.dirname(os.path.abspath(path))
-  if os.path.basename(folder) == "checkpoints" and not os.path.exists(path):
-    steps = sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+  found = epath.Path(resolve(path))
+  if found.parent.name == "checkpoints" and found.parent.is_dir() and not found.exists():
+    steps = sorted(int(p.name) for p in found.parent.iterdir() if p.name.isdigit())
     raise FileNotFoundError(f"{path} does not exist; the steps there are {steps}")
+  if is_address(path):
+    raise FileNotFoundError(
+      f"{path} is no checkpoint of ours and no workdir; other weights are read from local files "
+      "alone: copy them"
+    )
 
 
 def _files(folder):
