@@ -173,8 +173,12 @@ def test_a_figure_that_no_evaluation_gives_is_said_with_near_ones_once_all_is_sa
 def test_a_leftover_of_a_killed_save_is_ignored_and_removed(saved):
   leftover = saved / "3.orbax-checkpoint-tmp-0"
   shutil.copytree(saved / "2", leftover)
-  assert_is(restore(saved), 2)
+  checkpoints = checkpoint.Checkpoints(saved, keep=3)
+  assert_is(checkpoints.restore(shapes(make_state(0)), lambda meta: None), 2)
+  checkpoints.save(3, make_state(3), {})  # waits for the removal
+  checkpoints.close()
   assert not leftover.exists()
+  assert_is(restore(saved), 3)
 
 
 def test_a_save_that_fails_leaves_the_one_before(saved):
