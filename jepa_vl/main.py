@@ -17,11 +17,19 @@ _WORKDIR = flags.DEFINE_string(
   None,
   "Folder for checkpoints, logs and results, runs/CONFIG if not given; of export, where to write.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "export", "bench"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "export", "bench", "compile"], "What to do."
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
   "WORKDIR/checkpoints/STEP, for --mode=eval and export; export takes weight files too.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "For --mode=compile: chips that need not be here, v5e:16x16, v5p-64 or h100:8."
+)
+_SWEEP = flags.DEFINE_bool(
+  "sweep", False, "For --mode=compile: tries meshes, remat and unrolling, recommends the cheapest."
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -36,8 +44,12 @@ def main(argv):
     sys.exit(_wrong_usage(f"--mode={_MODE.value} needs --checkpoint=WORKDIR/checkpoints/STEP"))
   if export and _WORKDIR.value is None:
     sys.exit(_wrong_usage("--mode=export needs --workdir=FOLDER to write to"))
+  if (_MODE.value == "compile") != (_TOPOLOGY.value is not None):
+    sys.exit(_wrong_usage("--mode=compile and --topology=NAME, as v5e:16x16, go together"))
   _start_logging()
   try:
+    if _MODE.value == "compile":
+      sys.exit(_compile())
     from jepa_vl import train  # late: a usage error should not wait for JAX
     from jepa_vl.build import build
     from jepa_vl.data import bench
@@ -58,6 +70,15 @@ def main(argv):
       raise
     print(f"error: {_in_words(e)}", file=sys.stderr)
     _exit(1)
+
+
+def _compile():
+  from jepa_vl import aot, sweep
+
+  workdir = _WORKDIR.value or os.path.join("runs", "compile")
+  name = os.path.basename(_default_workdir())
+  mode = sweep.report if _SWEEP.value else aot.report
+  return mode(_CONFIG.value, _TOPOLOGY.value, workdir, name)
 
 
 def _exit(code):

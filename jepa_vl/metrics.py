@@ -10,24 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Published dense bf16 peak, FLOP/s per device, by a part of `device_kind`; first match wins.
-PEAK_FLOPS = (
-  ("TPU v4", 275e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v6", 918e12),
-  ("TPU7x", 1153.5e12),  # a device is one of the chip's two chiplets
-  ("H100 PCIe", 756e12),
-  ("H100", 989e12),
-  ("H200", 989e12),
-  ("A100", 312e12),
-  ("B200", 2250e12),
-  ("L40S", 362e12),
-  ("L40", 181e12),
-  ("L4", 121e12),
-)
-
+from jepa_vl import chips
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -102,7 +85,8 @@ def collapse_warning(metrics, embed_dim, rows):
 
 def peak_flops(device):
   """Published bf16 peak of a jax device in FLOP/s, or None where it is not known (a CPU)."""
-  return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
+  chip = chips.find(device.device_kind)
+  return chip.flops if chip else None
 
 
 class Meter:

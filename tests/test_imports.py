@@ -5,13 +5,13 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
-  "sharding": 0, "metrics": 0,
-  "model": 1, "optim": 1, "checkpoint": 1,
+  "sharding": 0, "chips": 0, "hlo": 0,
+  "metrics": 1, "topologies": 1, "model": 1, "optim": 1, "checkpoint": 1,
   "state": 2, "data": 2, "objectives": 2, "interop": 2,
-  "step": 3, "evals": 3,
+  "step": 3, "evals": 3, "memory": 3,
   "build": 4,
-  "train": 5, "encoder": 5,
-  "export": 6,
+  "train": 5, "encoder": 5, "aot": 5,
+  "export": 6, "sweep": 6,
   "main": 7,
 }  # fmt: skip
 # What `python -m` runs goes through main, which alone reads flags and says errors in words.
