@@ -49,6 +49,8 @@ def prepare():
   # libtpu else asks a metadata server which chips this machine has.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # Compiling occupies no chip, so several processes may do it at once, beside a training, too.
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 
 def save(found, workdir, name):

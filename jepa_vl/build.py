@@ -157,7 +157,7 @@ def build(config, *, training=True, devices=None):
   """
   check_numbers(config)
   evals.check(config.evals)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  mesh = sharding.make_mesh(**config.mesh, **({"devices": devices} if devices else {}))
   if training:
     check_batch(config, mesh)
     check_objective(config)
