@@ -147,13 +147,15 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     )
   remats = REMAT if config.model.remat == "auto" else (config.model.remat,)
   choices = [(a, r) for a in micro_batches(config, mesh) for r in remats]
-  fitting = ((a, r) for a, r in choices if estimate_for(a, r) <= SHARE * bytes_limit)
-  accumulate, remat = chosen = next(fitting, choices[-1])
+  need = {choice: estimate_for(*choice) for choice in choices}
+  smallest = min(need, key=need.get)
+  fitting = (choice for choice in choices if need[choice] <= SHARE * bytes_limit)
+  accumulate, remat = chosen = next(fitting, smallest)
   text = (
     f"{bytes_limit / GIB:.1f} GiB: model.remat={remat}, accumulate={accumulate} (estimated "
-    f"{estimate_for(*chosen) / GIB:.1f} GiB"
+    f"{need[chosen] / GIB:.1f} GiB"
   )
-  if estimate_for(*chosen) > SHARE * bytes_limit:
+  if need[chosen] > SHARE * bytes_limit:
     raise ValueError(
       f"nothing fits into {SHARE:.0%} of a device's {text} at the least). Lower batch_size or "
       "objective.group_size (a micro-batch holds at least one group), split the parameters with "

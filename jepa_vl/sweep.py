@@ -95,11 +95,10 @@ def table(results):
 
 
 def _row(r):
-  c = r["changes"]
-  layers = "scan" if c["model.scan"] else "unrolled"
-  head = f"{c['mesh.fsdp']:>5}{c['mesh.tensor']:>7} {c['model.remat']:<6}{layers:<9}"
   if "refused" in r:
-    return f"{head}no    {r['refused']}"
+    return ", ".join(f"{k}={v}" for k, v in r["changes"].items()) + f": {r['refused']}"
+  layers = "scan" if r["scan"] else "unrolled"
+  head = f"{r['mesh']['fsdp']:>5}{r['mesh']['tensor']:>7} {r['remat']:<6}{layers:<9}"
   used = f"{r['hbm']['used'] / GIB:7.2f}" if r["hbm"]["used"] else f"{'?':>7}"
   step = f"{1e3 * r['step_s']:9.1f}  {r['limited_by']:<9}" if "step_s" in r else f"{'':20}"
   return f"{head}{'yes' if r['fits'] else 'no':<5}{used}{step}{r['compile_s']:>9.0f} s"
