@@ -83,7 +83,7 @@ def measure(config, name):
     "flops_per_example": run.flops, "estimate": run.memory(),
     "undivided": sharding.undivided(run.abstract_state.params, run.mesh),
   }  # fmt: skip
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
   try:
     compiled = lower(run).compile()
   except Exception as e:  # jaxlib's error class differs between versions
@@ -93,10 +93,11 @@ def measure(config, name):
   else:
     found["hbm"] = _hbm(compiled.memory_analysis(), run, topology)
     found["fits"] = found["hbm"]["used"] <= found["hbm"]["limit"]
-    text = compiled.as_text()
-    program = hlo.Program(text, branch_share=1 / config.log_every)
+    # The step's one conditional is that of the diagnostics.
+    program = hlo.Program(compiled.as_text(), branch_share=1 / config.log_every)
     found |= roofline(program, run, topology, config)
   found["compile_s"] = time.perf_counter() - start
+  found["compile_cpu_s"] = time.process_time() - cpu
   found["host_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return found
 
@@ -145,14 +146,23 @@ def _hbm(analysis, run, topology):
   }
 
 
+# How XLA says that a program is too big: all of it, or its temporaries alone.
+_TOO_BIG = (
+  r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
+  r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+)
+
+
 def _refused(message, topology):
   """What the compiler says of a program that is too big."""
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-  if not found:
-    return {"used": None, "limit": int(topology.chip.usable), "message": message.splitlines()[0]}
-  used, unit, limit, limit_unit = found.groups()
-  return {"used": int(float(used) * units[unit]), "limit": int(float(limit) * units[limit_unit])}
+  first = message.splitlines()[0]
+  for pattern in _TOO_BIG:
+    if found := re.search(pattern, message):
+      used, unit, limit, limit_unit = found.groups()
+      sizes = float(used) * units[unit], float(limit) * units[limit_unit]
+      return {"used": int(sizes[0]), "limit": int(sizes[1]), "message": first}
+  return {"used": None, "limit": int(topology.chip.usable), "message": first}
 
 
 def roofline(program, run, topology, config):
@@ -230,8 +240,8 @@ def words(found):
     f"{f['topology']}: {f['devices']} x {f['device_kind']}, mesh {mesh}; batch {f['batch_size']}, "
     f"accumulate {f['accumulate']}, remat {f['remat']}, {'scanned' if f['scan'] else 'unrolled'} "
     f"layers, {f['dtype']}, {f['objective']}",
-    f"compiled in {f['compile_s']:.0f} s with {gib(f['host_memory'])} of host memory, jax "
-    f"{f['jax']}; no chip was used",
+    f"compiled in {f['compile_s']:.0f} s ({f['compile_cpu_s']:.0f} s of CPU time) with "
+    f"{gib(f['host_memory'])} of host memory, jax {f['jax']}; no chip was used",
   ]
   if f["vocabulary_assumed"]:
     lines.append(
@@ -254,7 +264,8 @@ def _fit_words(f, gib):
     lines = [f"fits: {share}, {gib(-over)} to spare"]
   else:
     lines = [f"does not fit: {share}, {gib(over)} too much", _ADVICE]
-  kinds = {k: v for k, v in hbm.items() if k not in ("used", "limit") and v}
+    lines += [f"the compiler's words: {hbm['message']}"] if "message" in hbm else []
+  kinds = {k: v for k, v in hbm.items() if k not in ("used", "limit", "message") and v}
   lines += [f"  {kind:<29}{gib(size):>11}" for kind, size in kinds.items()]
   if not f["device_kind"].startswith("TPU"):
     lines.append(

@@ -84,8 +84,8 @@ def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled):
   """What one layer keeps of one row of `tokens` for its backward pass.
 
   Counted from the residuals of `jax.vjp`: "full" keeps the layer's input; "dots" also qkv, the
-  attention's and the MLP's products; "none" also six float32 arrays around the norms, the products'
-  inputs, `gelu` arrays of the MLP's width and the attention's logits and probabilities.
+  attention's and the MLP's products; "none" also six float32 arrays around the norms, six of the
+  attention's width, `gelu` of the MLP's, and the attention's logits and probabilities.
   """
   n = _up(tokens, 8) if tiled else tokens
   if remat == "full":
@@ -94,7 +94,7 @@ def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled):
     return n * width * itemsize * (2 + 7 / tensor)
   logits = n * (_up(tokens, 128) if tiled else tokens) * heads / tensor
   inner = width * itemsize * (6 + 4 * gelu) / tensor
-  return n * (width * 6 * 4 + inner + width * 2 * itemsize) + logits * (4 + itemsize)
+  return n * (width * 6 * 4 + inner) + logits * (4 + itemsize)
 
 
 def _objective_bytes(config):

@@ -1,6 +1,7 @@
 """What a step asks of a device's memory, and the batch that is made to fit into it."""
 
 import jax
+import numpy as np
 import pytest
 
 from jepa_vl import build as build_lib
@@ -34,11 +35,10 @@ def test_state_is_counted_exactly_from_its_shardings(config):
   }  # fmt: skip
 
 
-@pytest.mark.parametrize(("remat", "dtype", "error"), [
-  ("none", "bfloat16", 0.02), ("dots", "bfloat16", 0.02), ("full", "bfloat16", 0.02),
-  ("none", "float32", 0.06), ("dots", "float32", 0.02),
+@pytest.mark.parametrize(("remat", "dtype"), [
+  ("none", "bfloat16"), ("dots", "bfloat16"), ("full", "bfloat16"), ("none", "float32"),
 ])  # fmt: skip
-def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype, error):
+def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype):
   """The count per layer against the residuals of the towers' own vjp."""
   vit_s.model.update({"remat": remat, "dtype": dtype})
   run = run_of(vit_s)
@@ -56,10 +56,10 @@ def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype, error):
     return sum(x.size * x.dtype.itemsize for x in leaves if x.ndim > 2 and len(x) == depth)
 
   layer = lambda n, gelu: memory._layer_bytes(
-    n, remat, gelu, width=width, heads=heads, itemsize=run.model.dtype.dtype.itemsize, tensor=1,
+    n, remat, gelu, width=width, heads=heads, itemsize=np.dtype(run.model.dtype).itemsize, tensor=1,
     tiled=False
   )
-  assert kept(4) - kept(2) == pytest.approx(2 * depth * (layer(17, 4) + layer(32, 6)), rel=error)
+  assert kept(4) - kept(2) == pytest.approx(2 * depth * (layer(17, 4) + layer(32, 6)), rel=0.01)
 
 
 def test_the_fewest_micro_batches_then_the_least_recomputation(vit_s, caplog, monkeypatch):
@@ -109,13 +109,14 @@ def test_micro_batches_keep_groups_devices_and_packing_whole(config):
 
 def test_a_run_fills_in_what_is_open(vit_s, monkeypatch):
   config = vit_s
+  config.batch_size = 4096
   config.mesh.data, config.accumulate, config.model.remat = -1, 0, "auto"
-  monkeypatch.setattr(memory, "limit", lambda device: 1 << 34)
+  monkeypatch.setattr(memory, "limit", lambda device: 1 << 40)
   run = build_lib.build(config)
   assert (config.accumulate, config.model.remat) == (1, "none") and run.model.remat == "none"
   assert run.meta["config"]["accumulate"] == 1 and run.chosen == ("accumulate",)
   need = run.memory(accumulate=2, remat="full")["total"]
-  monkeypatch.setattr(memory, "limit", lambda device: 1.05 * need / memory.SHARE)
+  monkeypatch.setattr(memory, "limit", lambda device: 1.001 * need / memory.SHARE)
   config.accumulate, config.model.remat = 0, "auto"
   other = build_lib.build(config)
   assert config.accumulate > 1 and other.meta["config"]["accumulate"] == config.accumulate
