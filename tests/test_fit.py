@@ -78,6 +78,7 @@ def test_the_fewest_micro_batches_then_the_least_recomputation(vit_s, caplog, mo
   for choice in ((1, "none"), (1, "dots"), (1, "full"), (4, "full")):
     assert chosen(need(*choice) + 1) == choice
   assert chosen(2 * need(1, "none")) == (1, "none")
+  assert chosen(need(1, "none") - 1) != (1, "none")
   limit = need(2, "full") + 1
   assert limit < need(1, "full") and chosen(limit) == (2, "full")
   with caplog.at_level("INFO", "jepa_vl.memory"):

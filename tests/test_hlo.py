@@ -124,6 +124,31 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   assert hlo.Program(text).hbm_bytes(on_chip=True) == 2 * 4096
 
 
+def test_a_fusion_reads_what_it_slices_and_writes_what_it_updates():
+  """One row of 50 is read, another written in place; the 49 others are left alone."""
+  text = """HloModule m
+%inner (q: f32[50,1024], j: s32[]) -> f32[1,1024] {
+  %q = f32[50,1024]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %s = f32[1,1024]{1,0} dynamic-slice(%q, %j, %j), dynamic_slice_sizes={1,1024}
+}
+%outer (a: f32[50,1024], b: f32[50,1024], i: s32[]) -> f32[50,1024] {
+  %a = f32[50,1024]{1,0} parameter(0)
+  %b = f32[50,1024]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %f = f32[1,1024]{1,0} fusion(%a, %i), kind=kLoop, calls=%inner
+  ROOT %u = f32[50,1024]{1,0} dynamic-update-slice(%b, %f, %i, %i)
+}
+ENTRY %main (x: f32[50,1024], y: f32[50,1024], k: s32[]) -> f32[50,1024] {
+  %x = f32[50,1024]{1,0} parameter(0)
+  %y = f32[50,1024]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %r = f32[50,1024]{1,0} fusion(%x, %y, %k), kind=kLoop, calls=%outer
+}
+"""
+  assert hlo.Program(text).hbm_bytes() == pytest.approx(2 * 4096, abs=8)
+
+
 def test_what_is_no_hlo_is_named():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.Program("hello")
