@@ -79,7 +79,7 @@ def fill_table(batches):
 
 def tower_pair(c):
   return two_tower.from_config(
-    c.model, c.text, vocab_size=VOCABULARY, dtype=compute_dtype(c.model),
+    c.model, c.text, vocab_size=VOCABULARY, dtype=compute_dtype(c.model, jax.default_backend()),
     scalars=objectives.learned_scalars(c.objective),
   )  # fmt: skip
 

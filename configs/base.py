@@ -14,7 +14,8 @@ def get_config():
   c.seed = 0  # of initialisation, sample order, augmentation and SIGReg directions
   c.steps = 200_000  # optimizer steps; the schedule ends there
   c.batch_size = 4096  # global: over all devices and processes
-  c.accumulate = 1  # micro-batches per step; BatchNorm and SIGReg see one micro-batch at a time
+  c.accumulate = 1  # micro-batches per step; BatchNorm and SIGReg see one micro-batch at a time;
+  # 0: as many as the device's memory asks for
   c.log_every = 50  # steps; also how often the collapse diagnostics are computed
   c.eval_every = 10_000  # 0: only at the end
   c.checkpoint_every = 2_000  # steps; 0: only at the end and when stopped
@@ -46,7 +47,8 @@ def get_config():
   c.model.predict_from = "views"  # what predicts the caption in LeVLJEPA+: views (each view, as
   # release 1 computes it), mean (their mean, as the equation reads)
   c.model.scan = True  # one compiled layer in a loop; False: unrolled, same numbers
-  c.model.remat = "none"  # none, dots, full: what the backward pass recomputes
+  c.model.remat = "none"  # none, dots, full: what the backward pass recomputes; auto: as little
+  # as the device's memory allows
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
 
   c.text = ConfigDict()

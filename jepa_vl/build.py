@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jepa_vl import evals, objectives, optim, sharding
+from jepa_vl import chips, evals, memory, objectives, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl import step as step_lib
 from jepa_vl.data import packing, sources, transforms
@@ -44,7 +46,7 @@ MINIMUM = {
   "seed": 0,
   "steps": 1,
   "batch_size": 1,
-  "accumulate": 1,
+  "accumulate": 0,
   "log_every": 1,
   "eval_every": 0,
   "checkpoint_every": 0,
@@ -89,6 +91,7 @@ class Run:
   tx: Any
   abstract_state: Any
   train_step: Any
+  chosen: tuple = ()  # keys that were left to this machine's memory
 
   @property
   def data_config(self):
@@ -107,9 +110,23 @@ class Run:
   @property
   def flops(self):
     """FLOPs that one pair's training takes, forward and backward, in rows that may be shared."""
+    return 3 * two_tower.forward_flops(self.model, self.view_sides, self.text_rows)
+
+  @property
+  def text_rows(self):
+    """Rows of the text tower that one caption takes; below 1 where captions share them."""
     cfg = self.data_config
-    text_rows = packing.rows_per_group(cfg) / cfg.packing_group if cfg.text_packing else 1
-    return 3 * two_tower.forward_flops(self.model, self.view_sides, text_rows)
+    return packing.rows_per_group(cfg) / cfg.packing_group if cfg.text_packing else 1
+
+  def memory(self, *, accumulate=None, remat=None):
+    """`memory.estimate` of the step, also for other micro-batches and another remat."""
+    config = self.config.copy_and_resolve_references()
+    config.accumulate = accumulate or config.accumulate
+    model = self.model.clone(remat=remat or self.model.remat)
+    return memory.estimate(
+      config, model, self.abstract_state, self.mesh, sides=self.view_sides or
+      (model.image_size,), text_rows=self.text_rows,
+    )  # fmt: skip
 
   @property
   def view_sides(self):
@@ -128,17 +145,23 @@ class Run:
     }
 
 
-def build(config, *, training=True):
+# What is compiled for without a tokenizer: GPT-2's.
+VOCABULARY = 50257
+
+
+def build(config, *, training=True, devices=None):
   """Run from the config; raises ValueError or FileNotFoundError in words on bad input.
 
   `training=False` leaves the training data and batch alone: an evaluation may be on another
-  machine.
+  machine. `devices` take the place of this machine's, to compile for: then no data is opened, and
+  where `text.tokenizer` is empty the model has VOCABULARY tokens. What the config leaves to the
+  device's memory (`accumulate` = 0, `model.remat` = "auto") is filled in.
   """
   check_numbers(config)
   if training:
     check_keep_best(config)
   evals.check(config.evals)
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh = sharding.make_mesh(**config.mesh, **({"devices": devices} if devices else {}))
   if training:
     check_batch(config, mesh)
     check_objective(config)
@@ -146,19 +169,41 @@ def build(config, *, training=True):
       check_packing(config, mesh)
   objective = objectives.from_config(config.objective)
   tx = optim.make_optimizer(config.optim, config.steps)
-  data = config.data
-  source = sources.from_config(data) if training else None
-  tokenizer = tokenizer_lib.load(config.text.tokenizer)
+  source = sources.from_config(config.data) if training and devices is None else None
+  tokenizer = None
+  if devices is None or config.text.tokenizer:
+    tokenizer = tokenizer_lib.load(config.text.tokenizer)
   model = two_tower.from_config(
-    config.model, config.text, vocab_size=tokenizer.vocab_size, dtype=compute_dtype(config.model),
+    config.model, config.text, vocab_size=tokenizer.vocab_size if tokenizer else VOCABULARY,
+    dtype=compute_dtype(config.model, mesh.devices.flat[0].platform),
     scalars=objectives.learned_scalars(config.objective),
   )  # fmt: skip
-  abstract_state = state_lib.abstract_state(model, tx, mesh)
+  if model.remat == "auto":
+    model = model.clone(remat="none")  # shapes and evaluations do not depend on it
+  run = Run(config, mesh, source, tokenizer, model, tx, None, None)
+  run.abstract_state = state_lib.abstract_state(model, tx, mesh)
+  if not training:
+    return run
+  if memory.is_open(config):
+    _fill_in(run, None if devices is None else chips.find(devices[0].device_kind))
   train_step = step_lib.make_train_step(
-    model, objective, tx, seed=config.seed, accumulate=config.accumulate, log_every=config.log_every
+    run.model, objective, tx, seed=config.seed, accumulate=config.accumulate,
+    log_every=config.log_every,
+  )  # fmt: skip
+  run.train_step = step_lib.jit_train_step(train_step, run.abstract_state, mesh)
+  return run
+
+
+def _fill_in(run, chip):
+  config = run.config
+  run.chosen = ("accumulate",) * (config.accumulate == 0)
+  bytes_limit = chip.usable if chip else memory.limit(run.mesh.local_devices[0])
+  if jax.process_count() > 1 and not chip:  # all must compile one program
+    bytes_limit = int(multihost_utils.process_allgather(np.float32(bytes_limit or 0)).min())
+  memory.fill_in(
+    config, bytes_limit, lambda a, r: run.memory(accumulate=a, remat=r)["total"], run.mesh
   )
-  jitted = step_lib.jit_train_step(train_step, abstract_state, mesh)
-  return Run(config, mesh, source, tokenizer, model, tx, abstract_state, jitted)
+  run.model = run.model.clone(remat=config.model.remat)
 
 
 def check_numbers(config):
@@ -191,17 +236,18 @@ def check_keep_best(config):
 
 def check_batch(config, mesh):
   """Raises ValueError if devices, micro-batches or SIGReg groups do not divide the batch."""
-  micro, rest = divmod(config.batch_size, config.accumulate)
+  accumulate = config.accumulate or 1  # what is left to the memory must do as one, too
+  micro, rest = divmod(config.batch_size, accumulate)
   if rest:
     raise ValueError(
-      f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}; choose a "
+      f"accumulate={accumulate} does not divide batch_size={config.batch_size}; choose a "
       "divisor"
     )
   shards = sharding.batch_shards(mesh)
   if micro % shards:
-    unit = shards * config.accumulate
+    unit = shards * accumulate
     raise ValueError(
-      f"batch_size={config.batch_size} / accumulate={config.accumulate} = {micro} rows cannot be "
+      f"batch_size={config.batch_size} / accumulate={accumulate} = {micro} rows cannot be "
       f"split over mesh.data x mesh.fsdp = {shards} devices; use a multiple of {unit}, for example "
       f"{max(config.batch_size // unit, 1) * unit}"
     )
@@ -209,7 +255,7 @@ def check_batch(config, mesh):
   if group and micro % group:
     raise ValueError(
       f"objective.group_size={group} does not divide the {micro} rows that SIGReg sees "
-      f"(batch_size={config.batch_size} / accumulate={config.accumulate}); choose a divisor, or 0 "
+      f"(batch_size={config.batch_size} / accumulate={accumulate}); choose a divisor, or 0 "
       "for one group of all rows"
     )
 
@@ -253,19 +299,20 @@ def check_packing(config, mesh):
       f"text.length={text.length}; use somewhat more than the captions' mean, EOT included"
     )
   shards = sharding.batch_shards(mesh)
-  rows = config.batch_size // config.accumulate // shards
+  accumulate = config.accumulate or 1
+  rows = config.batch_size // accumulate // shards
   if rows % data.packing_group:
     raise ValueError(
       f"data.packing_group={data.packing_group} does not divide the {rows} rows of a device "
-      f"(batch_size={config.batch_size} / accumulate={config.accumulate} / {shards} devices); "
+      f"(batch_size={config.batch_size} / accumulate={accumulate} / {shards} devices); "
       f"use {math.gcd(data.packing_group, rows)}"
     )
 
 
-def compute_dtype(cfg):
+def compute_dtype(cfg, platform):
   """The towers' computation type: bfloat16 on accelerators and float32 on a CPU for "auto"."""
   dtypes = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-  dtypes["auto"] = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  dtypes["auto"] = jnp.float32 if platform == "cpu" else jnp.bfloat16
   if cfg.dtype not in dtypes:
     raise ValueError(f"model.dtype must be one of {', '.join(dtypes)}, got {cfg.dtype!r}")
   return dtypes[cfg.dtype]
@@ -324,6 +371,13 @@ def check_resume(meta, run, fixed_keys=FIXED_KEYS):
       "the checkpoint is of another run:\n  " + "\n  ".join(refused) + "\n"
       "Use the same values (config.json in its workdir has them), or another folder"
     )
+  for key in set(run.chosen) & set(changed):
+    raise ValueError(
+      f"the checkpoint's run was begun with {key}={changed[key][0]}, and {key}=0 chooses "
+      f"{changed[key][1]} on this machine. BatchNorm and SIGReg see one micro-batch at a time, so "
+      f"it would go on as another run: give --config.{key}={changed[key][0]} to go on as before, "
+      f"or --config.{key}={changed[key][1]} to change it"
+    )
   for key, (before, now) in changed.items():
     log.info("config changed since the checkpoint: %s: %s -> %s", key, before, now)
   for key in {"batch_size", "seed"} & set(changed):
@@ -337,7 +391,7 @@ def _different_arrays(there, here):
 
 
 def describe(run, start):
-  """The start-up lines: devices, model, data."""
+  """The start-up lines: devices, model, memory per device, data."""
   config, device = run.config, run.mesh.devices.flat[0]
   params = run.abstract_state.params
   total, image, text = (
@@ -350,6 +404,7 @@ def describe(run, start):
     config.model.size, total, image, text, total - image - text,
     run.flops / 3e9,
   )  # fmt: skip
+  log.info("%s", describe_memory(run))
   log.info(
     "data: %s %s; batch %d, steps %d to %d (%.1f epochs)",
     "mix" if config.data.mix else config.data.source, run.source.identity, config.batch_size,
@@ -357,3 +412,16 @@ def describe(run, start):
   )  # fmt: skip
   for name in sharding.undivided(run.abstract_state.params, run.mesh):
     log.warning("replicated, because it does not divide: %s", name)
+
+
+def describe_memory(run):
+  """What a device holds, by kind, for this batch and remat: one line."""
+  config, found = run.config, run.memory()
+  rows = config.batch_size // config.accumulate // sharding.batch_shards(run.mesh)
+  limit = memory.limit(run.mesh.local_devices[0])
+  parts = ", ".join(f"{kind} {size / memory.GIB:.2f}" for kind, size in found.items())
+  return (
+    f"memory of a device, estimated, GiB: {parts}"
+    + (f" of {limit / memory.GIB:.1f}" if limit else "")
+    + f" ({rows} rows at once, model.remat={run.model.remat})"
+  )

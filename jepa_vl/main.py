@@ -20,12 +20,20 @@ _WORKDIR = flags.DEFINE_string(
   "Folder or address (gs://bucket/run) for checkpoints, logs and results, runs/CONFIG if not "
   "given; of export, the folder to write to.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "export", "bench"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "export", "bench", "compile"], "What to do."
+)
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
   "WORKDIR/checkpoints/STEP, or WORKDIR for its newest, for --mode=eval and export; export takes "
   "weight files too.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "For --mode=compile: chips that need not be here, v5e:16x16, v5p-64 or h100:8."
+)
+_SWEEP = flags.DEFINE_bool(
+  "sweep", False, "For --mode=compile: tries meshes, remat and unrolling, recommends the cheapest."
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 _COORDINATOR = flags.DEFINE_string(
@@ -48,6 +56,8 @@ def main(argv):
     sys.exit(_wrong_usage(f"--mode={_MODE.value} needs --checkpoint=WORKDIR/checkpoints/STEP"))
   if export and _WORKDIR.value is None:
     sys.exit(_wrong_usage("--mode=export needs --workdir=FOLDER to write to"))
+  if (_MODE.value == "compile") != (_TOPOLOGY.value is not None):
+    sys.exit(_wrong_usage("--mode=compile and --topology=NAME, as v5e:16x16, go together"))
   _start_logging()
   watch = None
   try:
@@ -73,6 +83,8 @@ def main(argv):
 
 def _run(watch):
   """Does what --mode says -> the exit code."""
+  if _MODE.value == "compile":  # before anything starts a backend
+    return _compile()
   from jepa_vl import train
   from jepa_vl.build import build
   from jepa_vl.data import bench
@@ -100,6 +112,15 @@ def _failed(words, watch):
   if watch:
     watch.fail(words.removeprefix("error: "))
   return 1
+
+
+def _compile():
+  from jepa_vl import aot, sweep
+
+  workdir = _WORKDIR.value or os.path.join("runs", "compile")
+  name = os.path.basename(_default_workdir())
+  mode = sweep.report if _SWEEP.value else aot.report
+  return mode(_CONFIG.value, _TOPOLOGY.value, workdir, name)
 
 
 def _exit(code):

@@ -10,24 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Published dense bf16 peak, FLOP/s per device, by a part of `device_kind`; first match wins.
-PEAK_FLOPS = (
-  ("TPU v4", 275e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v6", 918e12),
-  ("TPU7x", 1153.5e12),  # a device is one of the chip's two chiplets
-  ("H100 PCIe", 756e12),
-  ("H100", 989e12),
-  ("H200", 989e12),
-  ("A100", 312e12),
-  ("B200", 2250e12),
-  ("L40S", 362e12),
-  ("L40", 181e12),
-  ("L4", 121e12),
-)
-
+from jepa_vl import chips, sharding
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -42,9 +25,8 @@ def diagnostics(out, temperature=0.07):
   z_img, z_txt, p_img, p_txt = (unit(out[k]) for k in ("z_img", "z_txt", "p_img", "p_txt"))
   cos = lambda a, b: jnp.mean(jnp.sum(a * b, axis=-1))
   rolled = lambda a: jnp.roll(a, 1, axis=0)
-  logits = _matmul(z_img, z_txt.T) / temperature
-  positive = jnp.mean(jnp.diagonal(logits))
-  lse = jnp.mean(jax.nn.logsumexp(logits, axis=1))
+  positive = cos(z_img, z_txt) / temperature
+  lse = jnp.mean(_logsumexp(z_img / temperature, z_txt))
   return {
     "cos/matched": cos(z_img, z_txt),
     "cos/rolled": cos(z_img, rolled(z_txt)),
@@ -58,6 +40,17 @@ def diagnostics(out, temperature=0.07):
     "logit/logsumexp": lse,
     "logit/gap": positive - lse,
   }
+
+
+def _logsumexp(a, b):
+  """Log of the sum over b's rows of exp(a . b), (B,) from (B, D) each; never a (B, B) array."""
+  b = sharding.constrain(b, None, None)  # gathered once; a's rows stay where they are
+  columns = b.reshape(-1, math.gcd(len(b), 1024), b.shape[1])
+
+  def body(total, some):
+    return jnp.logaddexp(total, jax.nn.logsumexp(_matmul(a, some.T), axis=1)), None
+
+  return jax.lax.scan(body, jnp.full(len(a), -jnp.inf), columns)[0]
 
 
 def singular_values(z):
@@ -102,7 +95,8 @@ def collapse_warning(metrics, embed_dim, rows):
 
 def peak_flops(device):
   """Published bf16 peak of a jax device in FLOP/s, or None where it is not known (a CPU)."""
-  return next((peak for name, peak in PEAK_FLOPS if name in device.device_kind), None)
+  chip = chips.find(device.device_kind)
+  return chip.flops if chip else None
 
 
 class Meter:

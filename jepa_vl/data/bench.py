@@ -3,9 +3,10 @@
 python -m jepa_vl.data.bench --config=configs/mine.py [--config.data.workers=N]
 """
 
+import re
 import time
 
-from jepa_vl import metrics
+from jepa_vl import chips
 from jepa_vl.data import common, feed, pipeline
 
 _SECONDS = 8.0  # of each measurement
@@ -18,8 +19,9 @@ def report(run):
   found = measure(
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed
   )
-  # "lite" is another spelling of a chip that is there already
-  peaks = [(chip, peak) for chip, peak in metrics.PEAK_FLOPS if "lite" not in chip]
+  # "lite" and "-" are other spellings of chips that are there already
+  known = [chip for chip in chips.CHIPS if not {"lite", "-"} & set(re.split("( |-)", chip.kind))]
+  peaks = [(chip.kind, chip.flops) for chip in known]
   print(table(found, config.data.workers, run.flops, peaks))
   return 0
 

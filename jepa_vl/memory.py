@@ -1,0 +1,178 @@
+"""What a train step asks of a device's memory, and how a batch is made to fit into it.
+
+Parameters, gradients and optimizer state are exact, from the shardings. Activations are counted
+from what automatic differentiation keeps of each layer; the compiler's own plan differs from it.
+"""
+
+import logging
+import math
+import os
+
+import jax
+import numpy as np
+
+from jepa_vl import sharding
+from jepa_vl.model import two_tower
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+REMAT = ("none", "dots", "full")  # from the least recomputation to the least memory
+
+# The estimate is good to a quarter, so this share of a device's memory is planned for.
+SHARE = 0.8
+
+
+def state_bytes(abstract_state):
+  """{"parameters", "optimizer"} in bytes on each device; running statistics are parameters."""
+  params = (abstract_state.params, abstract_state.batch_stats)
+  return {"parameters": _per_device(params), "optimizer": _per_device(abstract_state.opt)}
+
+
+def _per_device(tree):
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
+def estimate(config, model, abstract_state, mesh, *, sides, text_rows):
+  """Bytes on each device by kind, with their "total", for the batch and micro-batches of `config`.
+
+  sides: of every view of an image; text_rows: rows of the text tower per caption.
+  """
+  found = state_bytes(abstract_state)
+  found["gradients"] = _per_device(abstract_state.params)
+  if config.accumulate > 1:
+    found["gradients"] *= 2  # the sum, and one micro-batch's
+  if np.dtype(model.dtype).itemsize == 2:
+    found["parameters in bf16"] = _per_device(abstract_state.params["image"]) // 2
+    found["parameters in bf16"] += _per_device(abstract_state.params["text"]["tower"]) // 2
+  rows = config.batch_size / config.accumulate / sharding.batch_shards(mesh)
+  found["batch"] = config.accumulate * rows * _batch_bytes(model, sides)
+  found["activations"] = rows * _row_bytes(config, model, mesh, sides, text_rows)
+  found = {k: int(v) for k, v in found.items()}
+  return found | {"total": sum(found.values())}
+
+
+def _batch_bytes(model, sides):
+  return sum(3 * side**2 for side in sides) + 5 * model.text_length
+
+
+def _row_bytes(config, model, mesh, sides, text_rows):
+  """Activations of one pair: what all layers keep, one layer's own arrays, heads, objective."""
+  width, depth, heads = two_tower.SIZES[model.size]
+  itemsize = np.dtype(model.dtype).itemsize
+  tpu = mesh.devices.flat[0].platform == "tpu"
+  kwargs = dict(
+    width=width, heads=heads, itemsize=itemsize, tensor=mesh.shape["tensor"], tiled=tpu
+  )
+  images = [1 + (side // model.patch_size) ** 2 for side in sides]
+  kept = lambda n, remat, gelu: _layer_bytes(n, remat, gelu, **kwargs)
+  total = depth * sum(kept(n, model.remat, 4) for n in images)
+  total += depth * text_rows * kept(model.text_length, model.remat, 6)
+  # The backward pass of one layer holds the whole layer, whatever was kept of it.
+  total += max(
+    sum(kept(n, "none", 4) for n in images), text_rows * kept(model.text_length, "none", 6)
+  )
+  total += sum(3 * side**2 * (itemsize + 4) for side in sides)  # pixels, and their patches
+  layers = (1 + model.predictor_depth) * (len(sides) + 1)
+  total += layers * model.hidden_dim * 3 * itemsize
+  return total + _objective_bytes(config)
+
+
+def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled):
+  """What one layer keeps of one row of `tokens` for its backward pass.
+
+  Counted from the residuals of `jax.vjp`: "full" keeps the layer's input; "dots" also qkv, the
+  attention's and the MLP's products; "none" also six float32 arrays around the norms, six of the
+  attention's width, `gelu` of the MLP's, and the attention's logits and probabilities.
+  """
+  n = _up(tokens, 8) if tiled else tokens
+  if remat == "full":
+    return n * width * itemsize
+  if remat == "dots":
+    return n * width * itemsize * (2 + 7 / tensor)
+  logits = n * (_up(tokens, 128) if tiled else tokens) * heads / tensor
+  inner = width * itemsize * (6 + 4 * gelu) / tensor
+  return n * (width * 6 * 4 + inner) + logits * (4 + itemsize)
+
+
+def _objective_bytes(config):
+  """Of one row: only the contrastive baselines hold it against other rows."""
+  rows = config.batch_size // config.accumulate
+  if config.objective.name == "clip":
+    return 3 * 4 * rows
+  if config.objective.name == "siglip":
+    return 3 * 4 * min(config.objective.chunk_size or rows, rows)
+  return 3 * 4 * config.model.embed_dim
+
+
+def _up(n, multiple):
+  return -(-n // multiple) * multiple
+
+
+def limit(device):
+  """Bytes that a program may use of a device: its allocator's, or of a CPU half the machine's RAM.
+
+  None where neither is known (devices that are only compiled for).
+  """
+  if device.platform == "cpu":
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ram // 2 // jax.local_device_count()
+  stats = device.memory_stats() or {}
+  return stats.get("bytes_limit")
+
+
+def is_open(config):
+  """Whether the config leaves remat or the number of micro-batches to the device's memory."""
+  return config.accumulate == 0 or config.model.remat == "auto"
+
+
+def fill_in(config, bytes_limit, estimate_for, mesh):
+  """Sets `accumulate` = 0 and `model.remat` = "auto" to what fits; says what was chosen.
+
+  The fewest micro-batches that fit, and for these the least recomputation: recomputing changes no
+  number, while BatchNorm and SIGReg see one micro-batch at a time.
+
+  Args:
+    estimate_for: (accumulate, remat) -> bytes per device.
+
+  Raises:
+    ValueError: the memory is not known, or nothing fits.
+  """
+  if not bytes_limit:
+    raise ValueError(
+      "accumulate=0 and model.remat='auto' ask for this device's memory, which it does not tell; "
+      "set both, for example accumulate=1 and model.remat=full"
+    )
+  remats = REMAT if config.model.remat == "auto" else (config.model.remat,)
+  choices = [(a, r) for a in micro_batches(config, mesh) for r in remats]
+  need = {choice: estimate_for(*choice) for choice in choices}
+  smallest = min(need, key=need.get)
+  fitting = (choice for choice in choices if need[choice] <= SHARE * bytes_limit)
+  accumulate, remat = chosen = next(fitting, smallest)
+  text = (
+    f"{bytes_limit / GIB:.1f} GiB: model.remat={remat}, accumulate={accumulate} (estimated "
+    f"{need[chosen] / GIB:.1f} GiB"
+  )
+  if need[chosen] > SHARE * bytes_limit:
+    raise ValueError(
+      f"nothing fits into {SHARE:.0%} of a device's {text} at the least). Lower batch_size or "
+      "objective.group_size (a micro-batch holds at least one group), split the parameters with "
+      "mesh.fsdp, or take a smaller model.size"
+    )
+  log.info("memory of a device: %s, of which %.0f%% are planned for)", text, 100 * SHARE)
+  config.accumulate, config.model.remat = accumulate, remat
+
+
+def micro_batches(config, mesh):
+  """Values of `accumulate` that devices, SIGReg's groups and packing allow, ascending."""
+  if config.accumulate:
+    return [config.accumulate]
+  unit = sharding.batch_shards(mesh)
+  if config.data.text_packing:
+    unit *= config.data.packing_group
+  if config.objective.name.startswith("levljepa"):
+    unit = math.lcm(unit, config.objective.group_size or 1)
+  B = config.batch_size
+  return [a for a in range(1, B + 1) if B % a == 0 and B // a % unit == 0] or [1]

@@ -1,0 +1,136 @@
+"""What a step asks of a device's memory, and the batch that is made to fit into it."""
+
+import jax
+import numpy as np
+import pytest
+
+from jepa_vl import build as build_lib
+from jepa_vl import memory, sharding, state
+from jepa_vl.model import two_tower
+
+
+@pytest.fixture
+def vit_s(config):
+  """ViT-S on one device: large enough for memory to be in the activations."""
+  config.model.update(
+    {"size": "small", "image_size": 64, "patch_size": 16, "embed_dim": 64, "hidden_dim": 256}
+  )
+  config.batch_size, config.text.length = 512, 32
+  return config
+
+
+def run_of(config, mesh=None):
+  config.mesh.update(mesh or {"data": 1, "fsdp": 1, "tensor": 1})
+  count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+  return build_lib.build(config, devices=jax.devices()[:count])
+
+
+def test_state_is_counted_exactly_from_its_shardings(config):
+  run = run_of(config, {"data": 2, "fsdp": 2, "tensor": 2})
+  found = memory.state_bytes(run.abstract_state)
+  real = state.init_state(run.model, run.tx, run.mesh, 0)
+  on_first = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+  assert found == {
+    "parameters": on_first((real.params, real.batch_stats)), "optimizer": on_first(real.opt)
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(("remat", "dtype"), [
+  ("none", "bfloat16"), ("dots", "bfloat16"), ("full", "bfloat16"), ("none", "float32"),
+])  # fmt: skip
+def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype):
+  """The count per layer against the residuals of the towers' own vjp."""
+  vit_s.model.update({"remat": remat, "dtype": dtype})
+  run = run_of(vit_s)
+
+  width, depth, heads = two_tower.SIZES["small"]
+
+  def predictions(variables, batch):
+    out, _ = run.model.apply(variables, batch, train=True, mutable=["batch_stats"])
+    return out["p_img"], out["p_txt"]
+
+  def kept(rows):
+    batch = jax.eval_shape(lambda: two_tower.dummy_batch(run.model, rows))
+    residuals = lambda v, b: jax.vjp(lambda v: predictions(v, b), v)[1]
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, run.abstract_state.variables, batch))
+    return sum(x.size * x.dtype.itemsize for x in leaves if x.ndim > 2 and len(x) == depth)
+
+  layer = lambda n, gelu: memory._layer_bytes(
+    n, remat, gelu, width=width, heads=heads, itemsize=np.dtype(run.model.dtype).itemsize, tensor=1,
+    tiled=False
+  )
+  assert kept(4) - kept(2) == pytest.approx(2 * depth * (layer(17, 4) + layer(32, 6)), rel=0.01)
+
+
+def test_the_fewest_micro_batches_then_the_least_recomputation(vit_s, caplog, monkeypatch):
+  monkeypatch.setattr(memory.log, "propagate", True)
+  vit_s.accumulate, vit_s.model.remat, vit_s.objective.group_size = 0, "auto", 128
+  vit_s.mesh.data = 1
+  run = build_lib.build(vit_s, training=False, devices=jax.devices()[:1])
+  need = lambda a, r: run.memory(accumulate=a, remat=r)["total"]
+  assert need(1, "none") > need(1, "dots") > need(1, "full") > need(2, "full") > need(4, "full")
+
+  def chosen(limit):
+    config = vit_s.copy_and_resolve_references()
+    memory.fill_in(config, limit / memory.SHARE, need, run.mesh)
+    return config.accumulate, config.model.remat
+
+  for choice in ((1, "none"), (1, "dots"), (1, "full"), (4, "full")):
+    assert chosen(need(*choice) + 1) == choice
+  assert chosen(2 * need(1, "none")) == (1, "none")
+  assert chosen(need(1, "none") - 1) != (1, "none")
+  limit = need(2, "full") + 1
+  assert limit < need(1, "full") and chosen(limit) == (2, "full")
+  with caplog.at_level("INFO", "jepa_vl.memory"):
+    chosen(limit)
+  assert "GiB: model.remat=full, accumulate=2 (estimated" in caplog.text
+  with pytest.raises(ValueError, match="nothing fits into 80% .* accumulate=4 .*group_size"):
+    chosen(need(4, "full") - 1)
+  with pytest.raises(ValueError, match="does not tell"):
+    memory.fill_in(vit_s, None, need, run.mesh)
+
+
+def test_explicit_values_stay(vit_s):
+  vit_s.accumulate, vit_s.model.remat = 2, "dots"
+  run = run_of(vit_s)
+  assert (run.config.accumulate, run.model.remat, run.chosen) == (2, "dots", ())
+
+
+def test_micro_batches_keep_groups_devices_and_packing_whole(config):
+  mesh = sharding.make_mesh(data=4, fsdp=1, tensor=1, devices=jax.devices()[:4])
+  config.batch_size, config.accumulate, config.objective.group_size = 96, 0, 24
+  assert memory.micro_batches(config, mesh) == [1, 2, 4]
+  config.objective.group_size = 0
+  assert memory.micro_batches(config, mesh) == [1, 2, 3, 4, 6, 8, 12, 24]
+  config.data.text_packing, config.data.packing_group = True, 3
+  assert memory.micro_batches(config, mesh) == [1, 2, 4, 8]
+  config.accumulate = 5
+  assert memory.micro_batches(config, mesh) == [5]
+
+
+def test_a_run_fills_in_what_is_open(vit_s, monkeypatch):
+  config = vit_s
+  config.batch_size = 4096
+  config.mesh.data, config.accumulate, config.model.remat = -1, 0, "auto"
+  monkeypatch.setattr(memory, "limit", lambda device: 1 << 40)
+  run = build_lib.build(config)
+  assert (config.accumulate, config.model.remat) == (1, "none") and run.model.remat == "none"
+  assert run.meta["config"]["accumulate"] == 1 and run.chosen == ("accumulate",)
+  need = run.memory(accumulate=2, remat="full")["total"]
+  monkeypatch.setattr(memory, "limit", lambda device: 1.001 * need / memory.SHARE)
+  config.accumulate, config.model.remat = 0, "auto"
+  other = build_lib.build(config)
+  assert config.accumulate > 1 and other.meta["config"]["accumulate"] == config.accumulate
+  with pytest.raises(ValueError, match="begun with accumulate=1, .*--config.accumulate=1 to go on"):
+    build_lib.check_resume(run.meta, other)
+
+
+def test_this_machines_memory_is_half_its_ram_by_device():
+  limit = memory.limit(jax.devices()[0])
+  assert 2**26 < limit * 2 * jax.local_device_count() < 2**50
+
+
+def test_the_start_up_line_names_every_kind(config):
+  line = build_lib.describe_memory(run_of(config))
+  for words in ("parameters", "optimizer", "gradients", "activations", "total", "16 rows at once"):
+    assert words in line
