@@ -59,7 +59,8 @@ def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype):
     n, remat, gelu, width=width, heads=heads, itemsize=np.dtype(run.model.dtype).itemsize, tensor=1,
     tiled=False
   )
-  assert kept(4) - kept(2) == pytest.approx(2 * depth * (layer(17, 4) + layer(32, 6)), rel=0.01)
+  expected = 2 * depth * (layer(17, 4) + layer(32, 6))
+  assert 0.9 * expected < kept(4) - kept(2) < 1.01 * expected  # newest versions keep 7% less
 
 
 def test_the_fewest_micro_batches_then_the_least_recomputation(vit_s, caplog, monkeypatch):
