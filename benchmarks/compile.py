@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import tiny, vit_b
-from jepa_vl import aot, objectives, sharding, sweep, topologies
+from jepa_vl import aot, objectives, sharding
+from jepa_vl.aot import sweep, topologies
 
 GIB = 2**30
 TOPOLOGIES = ("v5e-16", "v5e-256", "v6e-64", "v5p-64", "h100:8")

@@ -115,7 +115,8 @@ def _failed(words, watch):
 
 
 def _compile():
-  from jepa_vl import aot, sweep
+  from jepa_vl import aot
+  from jepa_vl.aot import sweep
 
   workdir = _WORKDIR.value or os.path.join("runs", "compile")
   name = os.path.basename(_default_workdir())

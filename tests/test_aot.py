@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from test_main import run as run_main
 
-from jepa_vl import aot, chips, state, sweep, topologies
+from jepa_vl import aot, chips, state
+from jepa_vl.aot import sweep, topologies
 from jepa_vl.build import build
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

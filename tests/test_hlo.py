@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jepa_vl import hlo, sharding
+from jepa_vl import sharding
+from jepa_vl.aot import hlo
 
 ROWS, COLUMNS, TRIPS = 16, 128, 5
 LOCAL = ROWS * COLUMNS * 4  # bytes of one device's float32 block

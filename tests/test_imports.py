@@ -5,14 +5,14 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
-  "sharding": 0, "distributed": 0, "chips": 0, "hlo": 0,
-  "metrics": 1, "workdir": 1, "topologies": 1,
+  "sharding": 0, "distributed": 0, "chips": 0,
+  "metrics": 1, "workdir": 1,
   "model": 2, "optim": 2, "checkpoint": 2,
   "state": 3, "data": 3, "objectives": 3, "interop": 3,
   "step": 4, "evals": 4, "memory": 4,
   "build": 5,
   "train": 6, "encoder": 6, "aot": 6,
-  "export": 7, "sweep": 7,
+  "export": 7,
   "main": 8,
 }  # fmt: skip
 # What `python -m` runs goes through main, which alone reads flags and says errors in words.

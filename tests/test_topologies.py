@@ -2,7 +2,8 @@
 
 import pytest
 
-from jepa_vl import chips, topologies
+from jepa_vl import chips
+from jepa_vl.aot import topologies
 
 
 @pytest.mark.parametrize(("name", "parsed"), [

@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jepa_vl import build as build_lib
-from jepa_vl import hlo, memory, sharding, topologies
+from jepa_vl import memory, sharding
+from jepa_vl.aot import hlo, topologies
 from jepa_vl.data import packing
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import os
 
 import jax
 
-from jepa_vl import aot, topologies
+from jepa_vl import aot
+from jepa_vl.aot import topologies
 from jepa_vl.memory import REMAT
 
 log = logging.getLogger(__name__)
