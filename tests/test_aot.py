@@ -67,6 +67,7 @@ def test_the_report_of_a_step(config, eight, tmp_path, capsys, monkeypatch):
   ("all-to-all", 8, [[0, 0, 1, 1]], (2, 4)),
   ("collective-permute", 8, [[0, 0]], (8, 0)),
   ("all-reduce", 8, [[0]], (0, 0)),
+  ("send", 8, [[0, 0, 1, 1]], (0, 8)),
 ])  # fmt: skip
 def test_what_a_device_sends(kind, given, domains, sent):
   assert aot.sent(kind, given, np.array(domains)) == sent

@@ -224,6 +224,8 @@ def sent(kind, given, domains):
     return 0.0, 0.0
   apart = len(set(domains[0]))
   near = n // apart
+  if kind == "send":  # a sum over the slices, by their hosts
+    return 0.0, 2 * given * (apart - 1) / apart
   if kind == "collective-permute":  # of its pairs only the number is known, not who is far
     return (given, 0.0) if apart == 1 else (given, given)
   whole = given * n if kind == "all-gather" else given

@@ -50,7 +50,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of a device: bytes that it gives, group size, and how often it runs per step."""
+  """One collective of a device: bytes that it gives, group size, and how often it runs per step.
+
+  What TPU slices reduce between them is of kind "send": the hosts do it, out of the program.
+  """
 
   kind: str
   bytes: int
@@ -108,7 +111,8 @@ class Program:
       ops = self.computations[name]
       for op in ops.values():
         kind = op.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        between_slices = kind == "send" and "xla_megascale_runtime" in op.attributes
+        if kind in COLLECTIVES or between_slices:
           size = sum(_bytes(ops[o].type) for o in op.operands)
           found.append(Collective(kind, size, _groups(op.attributes), runs))
     return found
