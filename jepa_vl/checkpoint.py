@@ -103,7 +103,10 @@ class Checkpoints:
     damaged = {}
     for step in self._agreed_steps():
       try:
-        state = _read_state(self.path(step), abstract_state, check)
+        try:
+          state = _read_state(self.path(step), abstract_state, check)
+        except Damaged:  # or a store that failed once
+          state = _read_state(self.path(step), abstract_state, check)
       except Damaged as e:
         damaged[step] = e
         continue
@@ -226,6 +229,8 @@ def read(path, abstract_variables, check):
     raise ValueError(f"{path} is no checkpoint folder; give WORKDIR/checkpoints/STEP")
   try:
     meta = _together(lambda: _read_meta(found))
+    if len(set(exchange((os.path.basename(found), meta.get("fingerprint"))))) > 1:
+      raise ValueError(f"{path} is not the same checkpoint in every process; give STEP, or wait")
     check(meta)
     variables = _together(lambda: _read_variables(found, abstract_variables))
     if "variables_fingerprint" not in meta:

@@ -71,9 +71,8 @@ def start(coordinator=None, num_processes=None, process_id=None, timeout=60.0):
     # Ours comes first and names the host; this one is for a process whose Python stands still.
     heartbeat_timeout_seconds=round(timeout) + 40,
   )  # fmt: skip
-  if jax.process_count() == 1:
-    return None
-  return Watch(timeout)
+  _LAST_WORDS.text = "ended from below, for the reason above"
+  return Watch(timeout) if jax.process_count() > 1 else None
 
 
 def _launched_with_others():
@@ -156,15 +155,15 @@ class Watch:
     return [values[p] for p in range(self._count)]
 
   def _beat(self):
-    count, seen = 0, {}
+    count, seen = 0, dict.fromkeys(range(self._count), ("", time.monotonic()))
     while not self._ended.is_set():
       count += 1
       self._set("alive", str(count))
-      for why in self._read("failed").values():
-        self._end(why)
+      for value in self._read("failed").values():
+        self._end(*json.loads(value))
       now = time.monotonic()
       for process, value in self._read("alive").items():
-        if seen.setdefault(process, (value, now))[0] != value:
+        if seen[process][0] != value:
           seen[process] = value, now
       silent = min(seen, key=lambda process: seen[process][1])
       if now - seen[silent][1] > self._timeout:
@@ -185,22 +184,23 @@ class Watch:
       "from the last checkpoint"
     )
 
-  def _end(self, why):
+  def _end(self, why, code=1):
     if self._ended.is_set():
       return
     print(f"error: {why}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     if self.process == 0:  # the store goes with it: what is known now must reach the others first
-      self._set("failed", why)
+      self._set("failed", json.dumps([why, code]))
       time.sleep(3 * _BEAT)
-    os._exit(1)
+    os._exit(code)
 
-  def check_same(self, what):
+  def check_same(self, name, what):
     """Raises ValueError with the differences if the processes were not started alike.
 
-    what: {name: value}, JSON-like.
+    name: of this comparison; what: {name: value}, JSON-like.
     """
-    self._set("start", json.dumps(what))
-    every = [json.loads(v) for v in self._gather("start", "has not started")]
+    self._set(name, json.dumps(what))
+    every = [json.loads(v) for v in self._gather(name, f"has not told its {name}")]
     for process, theirs in enumerate(every):
       different = [k for k in theirs | every[0] if theirs.get(k) != every[0].get(k)]
       if different:
@@ -210,13 +210,16 @@ class Watch:
           + "\nGive every process the same command, code and data"
         )  # fmt: skip
 
-  def fail(self, why):
-    """Ends this process with exit code 1, and tells the others why."""
+  def fail(self, why, code=1):
+    """Ends this process with the exit code, and tells the others why, which end with it too."""
     self._ended.set()
-    self._set("failed", f"{self._names[self.process]} has failed: {why}")
-    if self.process == 0:
-      time.sleep(3 * _BEAT)
-    os._exit(1)
+    sys.stdout.flush()
+    try:
+      self._set("failed", json.dumps([f"{self._names[self.process]} has failed: {why}", code]))
+      if self.process == 0:
+        time.sleep(3 * _BEAT)
+    finally:  # process 0 may be gone, and the store with it
+      os._exit(code)
 
   def explain(self):
     """Waits for the reason of a failed collective: most often another's end, which ends us too."""

@@ -73,7 +73,9 @@ def main(argv):
   except KeyboardInterrupt:
     code = _failed("interrupted; the same command goes on from the last checkpoint", watch)
   except Exception as e:
-    if watch and _is_the_runtimes(e):
+    if type(e).__name__ == "Stopped":  # train's, which is imported late
+      _exit(_failed(str(e), watch, 75))
+    if watch and (_is_the_runtimes(e) or _is_the_runtimes(e.__cause__)):
       watch.explain()
     if _DEBUG.value:
       traceback.print_exc()
@@ -107,11 +109,11 @@ def _is_the_runtimes(error):
   return re.match("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE)[A-Z_]*: ", str(error))
 
 
-def _failed(words, watch):
+def _failed(words, watch, code=1):
   print(words, file=sys.stderr, flush=True)
   if watch:
-    watch.fail(words.removeprefix("error: "))
-  return 1
+    watch.fail(words.removeprefix("error: "), code)
+  return code
 
 
 def _compile():

@@ -11,6 +11,7 @@ import signal
 import time
 
 import jax
+import numpy as np
 
 from jepa_vl import checkpoint, distributed, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
@@ -25,13 +26,24 @@ log = logging.getLogger(__name__)
 PREEMPTED = 75  # exit code: saved, start me again
 
 
+class Stopped(Exception):
+  """Asked to end where nothing can be saved that is not: to be started again."""
+
+
 def train(config, workdir, watch=None):
   """Trains, or goes on with what the workdir holds. Returns the process's exit code.
 
   watch: the distributed.Watch of several processes.
+
+  Raises:
+    Stopped: SIGTERM came before the loop, or in the final evaluation.
   """
-  run = build(config)
-  check_processes(run, watch)
+  with StopSignal(at_once=True):
+    return _train(config, workdir, watch)
+
+
+def _train(config, workdir, watch):
+  run = build_alike(config, watch)
   workdir = Workdir(workdir)
   checkpoints = checkpoint.Checkpoints(
     workdir.checkpoints, keep=config.keep_checkpoints, every=config.keep_every,
@@ -61,13 +73,15 @@ def train(config, workdir, watch=None):
     return _loop(run, workdir, start, state, checkpoints, writer)
 
 
-def check_processes(run, watch):
-  """Raises ValueError if another process was started otherwise."""
+def build_alike(config, watch, **kwargs):
+  """`build`; raises ValueError if another process was started otherwise, or has other data."""
+  if watch:  # first, for what is built may ask all processes
+    watch.check_same("config", flat(config.to_dict()) | distributed.versions())
+  run = build(config, **kwargs)
   if watch:
-    watch.check_same(
-      flat(run.config.to_dict()) | distributed.versions()
-      | {k: run.meta[k] for k in ("data_identity", "tokenizer_identity")}
-    )  # fmt: skip
+    identities = ("data_identity", "tokenizer_identity")
+    watch.check_same("data", {k: run.meta[k] for k in identities})
+  return run
 
 
 def initialise_from(run, state):
@@ -79,6 +93,9 @@ def initialise_from(run, state):
   """
   spec, own = run.config.init_from, state.variables
   variables, left_out, left_alone = interop.fit(interop.read(spec), own)
+  read = [x for x in jax.tree.leaves(variables) if isinstance(x, np.ndarray)]
+  if len(set(distributed.exchange(checkpoint.fingerprint(read)))) > 1:
+    raise ValueError(f"init_from: {spec} is not the same in every process; give all one copy")
   put = lambda x, like: like if x is like else jax.make_array_from_callback(
     like.shape, like.sharding, lambda index: x[index]
   )  # fmt: skip
@@ -123,7 +140,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
   counters = DataCounters(run.source, config.data.max_bad_fraction)
   meter = metrics.Meter(config.batch_size, run.flops, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start, board)
-  agreed = distributed.Consensus(run.mesh)
+  agreed, several = distributed.Consensus(run.mesh), jax.process_count() > 1
   due = lambda every, step: every and step % every == 0 and step > start
   with (
     metrics.Progress(config.steps, start) as progress,
@@ -131,7 +148,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     feed.Feed(
       batches, functools.partial(put_rows, mesh=run.mesh), board=board, where=run.source.where,
       # Several processes have not agreed to stop: a batch that fails is an error there.
-      stopping=lambda: stop.requested and jax.process_count() == 1, timeout=config.data.timeout,
+      stopping=lambda: stop.requested and not several, timeout=config.data.timeout,
     ) as data,
   ):  # fmt: skip
     if start < config.steps:
@@ -151,7 +168,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       if saving:
         checkpoints.save(step, state, run.meta, figures)
       if evaluating or saving:
-        workdir.push()
+        workdir.push(must=False)
       meter.pause(time.perf_counter() - pause)
       if last or stopping:
         break
@@ -163,9 +180,11 @@ def _loop(run, workdir, start, state, checkpoints, writer):
         rows, failure = None, e
       if rows is None:  # the pipeline failed, or a stop was asked for while no batch came
         # Of several processes the others may be a step further.
-        if not failure or (step > start and jax.process_count() == 1):
+        if not failure or (step > start and not several):
           steps.flush(progress)
           checkpoints.save(step, state, run.meta)
+        if failure and several and stop.requested:  # what stopped us stopped our workers, too
+          raise Stopped(f"stopped by {stop.name}, without a further save ({failure})") from failure
         if failure:
           raise failure
         break
@@ -285,13 +304,16 @@ def _when_ready(value):
 
 
 class StopSignal:
-  """Turns SIGTERM and the first Ctrl-C into a request; a second Ctrl-C interrupts at once."""
+  """Turns SIGTERM and the first Ctrl-C into a request; a second Ctrl-C interrupts at once.
 
-  def __init__(self):
-    self.requested, self.name, self._before = False, "", {}
+  With `at_once`, SIGTERM raises Stopped, and Ctrl-C is left alone.
+  """
+
+  def __init__(self, at_once=False):
+    self.requested, self.name, self._before, self._at_once = False, "", {}, at_once
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, *([] if self._at_once else [signal.SIGINT])):
       self._before[number] = signal.signal(number, self._request)
     return self
 
@@ -303,6 +325,8 @@ class StopSignal:
     if self.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.requested, self.name = True, signal.Signals(number).name
+    if self._at_once:
+      raise Stopped(f"stopped by {self.name}; the same command goes on from the last checkpoint")
 
 
 def evaluate(run, encode, variables, step, writer):
@@ -342,8 +366,7 @@ def evaluate_checkpoint(config, path, watch=None):
   """--mode=eval: the configured evaluations on one checkpoint, printed beside their floors."""
   if not config.evals:
     raise ValueError("the config's `evals` are empty; configs/tiny.py shows how to name some")
-  run = build(config, training=False)
-  check_processes(run, watch)
+  run = build_alike(config, watch, training=False)
   free = ("model.statistics", "text.readout", "objective.name", "data.source")
   fixed = [k for k in FIXED_KEYS if k not in free]
   check = lambda meta: check_resume(meta, run, fixed)
@@ -353,5 +376,5 @@ def evaluate_checkpoint(config, path, watch=None):
   trained = evals.run_all(encode, variables, run.mesh, config.evals)
   table = table_with_floors(run, encode, trained)
   if jax.process_index() == 0:
-    print(evals.format_table(table))
+    print(evals.format_table(table), flush=True)
   return 0

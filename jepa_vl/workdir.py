@@ -69,11 +69,12 @@ class Workdir:
       self.local = tempfile.mkdtemp(prefix="jepa_vl-")
       self._fetch()
 
-  def push(self):
+  def push(self, must=True):
     """Copies the small files that have changed to the address. A no-op for a folder.
 
     Raises:
-      OSError: the address cannot be written; the files stay in `local`.
+      OSError: the address cannot be written; the files stay in `local`. If it need not be (`must`),
+        that is only said, and the next call tries again.
     """
     if self.local == self.path or jax.process_index():
       return
@@ -90,10 +91,11 @@ class Workdir:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
       except Exception as e:  # each store's package raises its own
-        raise OSError(
-          f"{name} could not be copied to {self.path} ({type(e).__name__}: {e}); it is in "
-          f"{self.local}"
-        ) from e
+        text = f"{name} could not be copied to {self.path} ({type(e).__name__}: {e})"
+        if must:
+          raise OSError(f"{text}; it is in {self.local}") from e
+        log.warning("%s; it is tried again at the next save", text)
+        return
       self._pushed[name] = version
 
   def close(self):

@@ -20,6 +20,10 @@ export SLICES="${SLICES:-1}" RESTARTS="${RESTARTS:-3}" SERVICE_ACCOUNT="${SERVIC
   exit 2
 }
 export HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
+[ "$HOSTS" -gt 0 ] || {
+  echo "error: TOPOLOGY=$TOPOLOGY has fewer chips than one machine, CHIPS=$CHIPS; set CHIPS" >&2
+  exit 2
+}
 
 manifest="$("${PYTHON:-python3}" -c 'import json, os, string, sys
 text = string.Template(open("launch/jobset.yaml").read())

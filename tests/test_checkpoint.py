@@ -219,6 +219,27 @@ def test_reading_the_variables_of_one_checkpoint(saved, abstract):
     checkpoint.read(str(saved / "7"), abstract, check=lambda meta: None)
 
 
+def test_another_checkpoint_in_another_process_is_refused(saved, monkeypatch):
+  others = lambda mine: [("3", 7)] if isinstance(mine, tuple) else []
+  monkeypatch.setattr(checkpoint, "exchange", lambda mine: [mine, *others(mine)])
+  with pytest.raises(ValueError, match="not the same checkpoint in every process"):
+    checkpoint.read(str(saved.parent), None, check=lambda meta: None)
+
+
+def test_a_store_that_fails_once_does_not_make_a_checkpoint_damaged(saved, monkeypatch):
+  real, calls = checkpoint._read_state, []
+
+  def once(*args):
+    calls.append(args)
+    if len(calls) == 1:
+      raise checkpoint.Damaged("the network failed")
+    return real(*args)
+
+  monkeypatch.setattr(checkpoint, "_read_state", once)
+  assert_is(restore(saved), 2)
+  assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["1", "2"]
+
+
 def test_the_newest_checkpoint_of_a_workdir_is_found(saved):
   checkpoints = checkpoint.Checkpoints(saved, keep=3)
   checkpoints.save(10, make_state(10), {})

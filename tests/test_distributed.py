@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 
 import numpy as np
@@ -99,7 +101,7 @@ from jepa_vl import distributed
 address, count, me = (flag.split("=")[1] for flag in sys.argv[1:])
 watch = distributed.start(address, int(count), int(me), timeout=8)
 try:
-  watch.check_same(distributed.versions() | {"code of jepa_vl": f"version {me}"})
+  watch.check_same("config", distributed.versions() | {"code of jepa_vl": f"version {me}"})
 except ValueError as e:
   print(e, flush=True)
   watch.fail(str(e))
@@ -135,6 +137,17 @@ def test_a_stop_of_one_process_saves_the_same_step_everywhere(tmp_path):
   for key in ("loss", "lr"):
     values = [[r[s][key] for s in sorted(r)] for r in (found, expected)]
     np.testing.assert_allclose(*values, rtol=2e-4)
+
+
+def test_a_stop_that_takes_the_workers_along_asks_to_be_started_again(tmp_path):
+  """SIGTERM to one process and all that it started, as a machine's shutdown sends it."""
+  flags = [*SMALL, NO_EVALS, "--config.steps=100000", "--config.data.workers=1"]
+  with processes.start(2, [*flags, f"--workdir={tmp_path}"]) as started:
+    started[0].wait_until(reached(tmp_path, 3))
+    os.killpg(started[1].pid, signal.SIGTERM)
+    results = [process.wait(60) for process in started]
+  assert [r.code for r in results] == [75, 75], results[1].output
+  assert all("Traceback" not in r.output for r in results)
 
 
 def test_evaluation_is_shared_and_the_same(tmp_path):

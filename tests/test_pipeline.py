@@ -267,3 +267,9 @@ def test_long_captions_are_flagged_in_the_batch(tmp_path, tok, cfg):
   records = [record(i, caption=c, tags=[]) for i, c in captions.items()]
   (batch,) = take(sources.ArrayRecord(write(tmp_path / "x", records)), tok, cfg, 1)
   assert batch["truncated"].tolist() == [i % 3 == 0 for i in batch["index"].tolist()]
+
+
+def test_other_evaluation_records_in_another_process_are_refused(damaged, monkeypatch):
+  monkeypatch.setattr(common.distributed, "exchange", lambda mine: [mine, ("other", N)])
+  with pytest.raises(ValueError, match="not the same in every process"):
+    common.read_rows(damaged, 16, 1.0)

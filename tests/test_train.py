@@ -56,6 +56,17 @@ def test_a_worker_that_dies_of_itself_is_an_error(config, tmp_path, monkeypatch)
   assert os.listdir(tmp_path / "checkpoints") == ["3"]  # what was trained is not lost
 
 
+def test_a_stop_in_the_final_evaluation_asks_to_be_started_again(config, tmp_path, monkeypatch):
+  real = train.finish
+  monkeypatch.setattr(train, "finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+  with pytest.raises(train.Stopped, match="SIGTERM; the same command goes on"):
+    train.train(config, str(tmp_path))
+  assert os.listdir(tmp_path / "checkpoints") == [str(config.steps)]
+  monkeypatch.setattr(train, "finish", real)
+  assert train.train(config, str(tmp_path)) == 0
+  assert (tmp_path / "results.json").exists()
+
+
 @pytest.mark.parametrize("preset", ["plus", "siglip"])
 def test_the_other_objectives_train_resume_and_are_evaluated(config, tmp_path, preset, capsys):
   """In micro-batches, stopped and gone on with, evaluated on the way, alone and by the encoder."""

@@ -71,7 +71,7 @@ def measure(config, name):
   """
   topology = topologies.get(name)
   slices = len(set(topology.domains))
-  if "slices" in config.mesh and topology.is_tpu:
+  if config.mesh.slices == -1 and topology.is_tpu:
     config.mesh.slices = slices
   run = build_lib.build(config, devices=topology.devices)
   found = {

@@ -60,9 +60,13 @@ def run(config, topology, changes):
   with concurrent.futures.ProcessPoolExecutor(
     processes, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
   ) as pool:
-    jobs = [pool.submit(_measure, config.to_dict(), topology, c) for c in changes]
+    jobs = {pool.submit(_measure, config.to_dict(), topology, c): c for c in changes}
     for job in concurrent.futures.as_completed(jobs):
-      results.append(job.result())
+      try:
+        results.append(job.result())
+      except Exception as e:  # of the compiler, or of a process that ran out of memory
+        why = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200]}"
+        results.append(_refused(jobs[job], why))
       log.info("%s", _row(results[-1]))
   return sorted(results, key=lambda r: (not r["fits"], r.get("step_s") or 0))
 
@@ -76,7 +80,11 @@ def _measure(config, topology, changes):
   try:
     return {"changes": changes, **aot.measure(config, topology)}
   except ValueError as e:  # does not go with this config: a row of the table, not the end
-    return {"changes": changes, "fits": False, "refused": str(e), "jax": jax.__version__}
+    return _refused(changes, str(e))
+
+
+def _refused(changes, why):
+  return {"changes": changes, "fits": False, "refused": why, "jax": jax.__version__}
 
 
 def cheapest(results):

@@ -165,6 +165,8 @@ def read_rows(source, image_size, resize_ratio):
     ValueError: none can be read.
   """
   processes, count = jax.process_count(), len(source)
+  if len(set(distributed.exchange((source.identity, count)))) > 1:
+    raise ValueError("an evaluation's records are not the same in every process; give all one copy")
   stretch = -(-_AT_ONCE // processes)
   records, images, left_out = [], [], []
   for start in range(0, count, stretch * processes):
