@@ -168,7 +168,7 @@ def test_killed_while_saving_and_resumed_equals_straight(tmp_path, kills):
   assert losses(workdir) == losses(straight)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_stop_signal_saves_and_asks_to_be_started_again(tmp_path, name):
   flags = [f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=100000", "--config.log_every=1"]
   process = start(*flags)

@@ -80,7 +80,11 @@ def with_gradient(name, leaf):
 
 @pytest.mark.parametrize(
   ("preset", "mesh_sizes"),
-  [("", sizes) for sizes in MESHES] + [(p, MESHES[2]) for p in ("plus", "clip", "siglip")],
+  [
+    pytest.param("", MESHES[0], marks=pytest.mark.slow),
+    *[("", sizes) for sizes in MESHES[1:]],
+    *[(p, MESHES[2]) for p in ("plus", "clip", "siglip")],
+  ],
   ids=str,
 )
 def test_sharded_equals_single_device(config, mesh_sizes, preset):
