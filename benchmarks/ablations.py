@@ -37,14 +37,19 @@ def main():
   parser.add_argument("--out", required=True)
   parser.add_argument("--steps", type=int, default=600)
   args = parser.parse_args()
+  table(RUNS, args.out, args.steps)
+
+
+def table(runs, out, steps):
+  """Trains configs/tiny.py with each of `runs`, {name: flags}, and prints a row of each."""
   print("| run | " + " | ".join(COLUMNS) + " | matched / rolled cos | said |")
   print("|---|" + "---|" * (len(COLUMNS) + 2))
   splits = "('val','val_style')"
-  for number, (name, flags) in enumerate(RUNS.items()):
-    workdir = os.path.join(args.out, str(number))
+  for number, (name, flags) in enumerate(runs.items()):
+    workdir = os.path.join(out, str(number))
     command = [
       sys.executable, "-m", "jepa_vl.main", "--config=configs/tiny.py", f"--workdir={workdir}",
-      f"--config.steps={args.steps}", "--config.eval_every=0",
+      f"--config.steps={steps}", "--config.eval_every=0",
       *(f"--config.evals.{e}.splits={splits}" for e in ("retrieval", "zeroshot", "probe", "rank")),
       *flags,
     ]  # fmt: skip

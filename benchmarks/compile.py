@@ -1,23 +1,28 @@
-"""What the compiler says of the real sizes on chips that are not here: three tables.
+"""What the compiler says of the real sizes on chips that are not here: tables.
 
-python -m benchmarks.compile {table,weak,curve,objective}
+python -m benchmarks.compile {table,weak,curve,objective,kernels,where} [--topology NAME]
 
 table: the ViT-B recipe on five topologies, model.remat=auto. weak: 16 pairs per chip, from 16 chips
 to 256. curve: memory of a step over the batch, LeVLJEPA against CLIP, a small model. objective: the
-same of the ViT-B recipe's objective alone. Needs what `--mode=compile` needs: jax[tpu], and for
-h100:8 the CUDA compiler.
+same of the ViT-B recipe's objective alone. kernels: attention and remat on one topology. where: the
+parts of a step on one topology, with --set KEY=VALUE. Needs what `--mode=compile` needs: jax[tpu],
+and for h100:8 the CUDA compiler.
 """
 
 import argparse
+import ast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import parts
 from configs import tiny, vit_b
 from jepa_vl import aot, objectives, sharding
-from jepa_vl.aot import sweep, topologies
+from jepa_vl import build as build_lib
+from jepa_vl.aot import hlo, sweep, topologies
+from jepa_vl.model import two_tower
 
 GIB = 2**30
 TOPOLOGIES = ("v5e-16", "v5e-256", "v6e-64", "v5p-64", "h100:8")
@@ -102,17 +107,80 @@ def objective():
   return rows
 
 
+KERNELS = (
+  {}, {"model.attention": "pallas"}, {"model.remat": "names"},
+  {"model.attention": "pallas", "model.remat": "names"},
+  {"model.attention": "pallas", "model.remat": "dots"},
+  {"model.attention": "pallas", "model.scan": False},
+)  # fmt: skip
+
+
+def kernels(topology):
+  rows = []
+  for changes in KERNELS:
+    f = one(vit_b.get_config(), topology, changes)
+    rows.append(f)
+    terms = " | ".join(
+      f"{f['roofline'][k]['work'] / 1e9:,.1f} | {1e3 * f['roofline'][k]['seconds']:.1f}"
+      for k in ("compute", "memory", "links")
+    )
+    said = ", ".join(f"{k.split('.')[-1]}={v}" for k, v in changes.items()) or "as it is"
+    print(f"| {said} | {f['hbm']['used'] / GIB:.2f} | {terms} | {f['limited_by']} |", flush=True)
+  return rows
+
+
+def where(topology, changes):
+  config = vit_b.get_config()
+  config.update_from_flattened_dict(changes)
+  topology = topologies.get(topology)
+  run = build_lib.build(config, devices=topology.devices)
+  devices, chip, share = run.mesh.size, topology.chip, 1 / config.log_every
+  with jax.set_mesh(run.mesh):
+    traced = run.train_step.trace(run.abstract_state, aot.abstract_batch(run))
+  program = hlo.Program(traced.lower().compile().as_text(), branch_share=share)
+  depth = two_tower.SIZES[config.model.size][1]
+  rows = config.batch_size // config.accumulate // sharding.batch_shards(run.mesh)
+  moved = parts.traffic(program, depth=depth, rows=rows)
+  counted = parts.flops(traced.jaxpr.jaxpr, branch_share=share)
+  for part in sorted(moved | counted, key=lambda part: -moved[part]):
+    size, flops = moved[part], counted[part] / devices
+    memory, compute = 1e3 * size / chip.hbm_bandwidth, 1e3 * flops / chip.flops
+    print(
+      f"| {part} | {size / 1e9:.2f} | {size / sum(moved.values()):.0%} | {memory:.1f} | "
+      f"{flops / 1e9:,.0f} | {compute:.1f} | {'memory' if memory > compute else 'compute'} |",
+      flush=True,
+    )
+  return [{"changes": changes, "bytes": dict(moved), "flops": dict(counted), "devices": devices}]
+
+
 TABLES = {"table": table, "weak": weak, "curve": curve, "objective": objective}
+ON_ONE = {"kernels": kernels, "where": where}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("which", choices=list(TABLES))
+  parser.add_argument("which", choices=[*TABLES, *ON_ONE])
+  parser.add_argument("--topology", default="v5e-256", help="of kernels and where")
+  parser.add_argument("--set", nargs="*", default=[], help="of where: KEY=VALUE of the config")
   parser.add_argument("--out", default="runs/compile", help="folder for the figures, as JSON")
   args = parser.parse_args()
   aot.prepare()
-  rows = TABLES[args.which]()
+  if args.which in TABLES:
+    rows = TABLES[args.which]()
+  elif args.which == "where":
+    rows = where(args.topology, dict(map(_setting, args.set)))
+  else:
+    rows = kernels(args.topology)
   print(aot.save(rows, args.out, args.which))
+
+
+def _setting(text):
+  """"model.scan=False" -> ("model.scan", False); what is no Python literal is a string."""
+  key, value = text.split("=", 1)
+  try:
+    return key, ast.literal_eval(value)
+  except ValueError:
+    return key, value
 
 
 if __name__ == "__main__":

@@ -25,21 +25,38 @@ FIGURES = {
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  add_arguments(parser, steps=600)
+  compare(parser.parse_args(), "configs/tiny.py", FIGURES)
+
+
+def add_arguments(parser, steps):
+  """Adds --out, --steps, --seeds and --train-only."""
   parser.add_argument("--out", required=True)
-  parser.add_argument("--steps", type=int, default=600)
+  parser.add_argument("--steps", type=int, default=steps)
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  args = parser.parse_args()
+  parser.add_argument(
+    "--train-only", action="store_true", help="leaves evaluations and the table to the next time"
+  )
+
+
+def compare(args, config, figures):
+  """Trains what is not yet trained, evaluates all, and prints `figures`: {name: its floor}."""
   runs = {name: [] for name in PRESETS}
   for seed in args.seeds:  # all objectives of a seed before the next seed
     for name, preset in PRESETS.items():
       workdir = os.path.join(args.out, f"{preset or 'levljepa'}-seed{seed}")
       flags = [f"--config.steps={args.steps}", "--config.eval_every=0"]
-      runs[name].append(seeds.results(workdir, seed, f"configs/tiny.py:{preset}", flags))
+      flags += ["--config.evals={}"] if args.train_only else []
+      runs[name].append(seeds.results(workdir, seed, f"{config}:{preset}", flags))
+  if args.train_only:
+    return
   print(f"{args.steps} steps, seeds {args.seeds}; mean (lowest - highest)\n")
-  print("| figure | " + " | ".join(PRESETS) + " | floor |\n" + "|---" * (len(PRESETS) + 2) + "|")
-  for figure, floor in FIGURES.items():
+  print("| figure | " + " | ".join(PRESETS) + " | untrained | floor |")
+  print("|---" * (len(PRESETS) + 3) + "|")
+  for figure, floor in figures.items():
     rows = {name: [_row(run, figure) for run in found] for name, found in runs.items()}
-    cells = [_spread([row["value"] for row in found]) for found in rows.values()]
+    cells = [spread([row["value"] for row in found]) for found in rows.values()]
+    cells.append(f"{np.mean([row['untrained'] for row in rows['LeVLJEPA']]):.3f}")
     first = rows["LeVLJEPA"][0]
     cells.append(f"{first[floor]:.3f} {floor}".replace("_", " ") if floor else "-")
     print(f"| {figure.replace('/READING', '').replace('READING/', '')} | {' | '.join(cells)} |")
@@ -50,7 +67,8 @@ def _row(run, figure):
   return run.get(figure.replace("READING", "avg")) or run[figure.replace("READING", "embed")]
 
 
-def _spread(values):
+def spread(values):
+  """Mean and range as a cell of a table."""
   return f"{np.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})"
 
 

@@ -1,6 +1,9 @@
 """Time and memory of SIGReg, value and gradient, against the naive form, in one run.
 
 python -m benchmarks.sigreg [--rows 256 1024 4096] [--dim 256] [--slices 4096]
+
+`naive` is the formula as written in JAX, `PyTorch` the releases' in PyTorch (eager, on this
+machine's device; "-" where it is not installed). The ratios are of the median times.
 """
 
 import argparse
@@ -9,6 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jepa_vl.objectives.sigreg import sigreg
 
@@ -37,6 +41,27 @@ def compile_(f, num_slices, rng, z):
   return jax.jit(jax.value_and_grad(lambda r, z: f(r, z, num_slices), 1)).lower(rng, z).compile()
 
 
+def torch_program(num_slices, z):
+  """A step of PyTorch's, value and gradient; None where it is not installed."""
+  try:
+    import torch
+  except ImportError:
+    return None
+  from benchmarks import torch_peer
+
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  z = torch.tensor(np.asarray(z), device=device, requires_grad=True)
+
+  def step():
+    z.grad = None
+    torch_peer.sigreg(
+      z, slices=num_slices, knots=KNOTS, t_max=T_MAX, group=0, rows=SCALE_ROWS
+    ).backward()
+    return float(z.grad[0, 0])  # waits
+
+  return step
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096])
@@ -45,22 +70,30 @@ def main():
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; D={args.dim}, M={args.slices}")
-  print(f"{'B':>6s} {'naive':>18s} {'streamed':>18s} {'ratio':>7s}   (median s, temporary MiB)")
+  print("| B | streamed s | MiB | naive s | MiB | PyTorch s | streamed / naive | / PyTorch |")
+  print("|---" * 8 + "|")
   rng = jax.random.key(0)
   for rows in args.rows:
     z = jax.random.normal(jax.random.key(1), (rows, args.dim))
     programs = {f: compile_(f, args.slices, rng, z) for f in (naive, streamed)}
-    times = {f: [] for f in programs}
-    for repeat in range(args.repeats + 1):  # in turn, so that both meet the same machine
-      for f, program in programs.items():
+    memory = {f: p.memory_analysis().temp_size_in_bytes / 2**20 for f, p in programs.items()}
+    steps = {f: lambda p=p, z=z: jax.block_until_ready(p(rng, z)) for f, p in programs.items()}
+    steps["PyTorch"] = torch_program(args.slices, z)
+    times = {f: [] for f, step in steps.items() if step}
+    for repeat in range(args.repeats + 1):  # in turn, so that all meet the same machine
+      for f in times:
         start = time.perf_counter()
-        jax.block_until_ready(program(rng, z))
+        steps[f]()
         if repeat:
           times[f].append(time.perf_counter() - start)
     seconds = {f: statistics.median(t) for f, t in times.items()}
-    memory = {f: p.memory_analysis().temp_size_in_bytes / 2**20 for f, p in programs.items()}
-    cells = " ".join(f"{seconds[f]:9.3f} {memory[f]:8.0f}" for f in programs)
-    print(f"{rows:6d} {cells} {seconds[naive] / seconds[streamed]:7.1f}", flush=True)
+    ours, peer = seconds[streamed], seconds.get("PyTorch")
+    print(
+      f"| {rows} | {ours:.3f} | {memory[streamed]:.0f} | {seconds[naive]:.3f} "
+      f"| {memory[naive]:.0f} | {f'{peer:.3f}' if peer else '-'} | {ours / seconds[naive]:.2f} "
+      f"| {f'{ours / peer:.2f}' if peer else '-'} |",
+      flush=True,
+    )
 
 
 if __name__ == "__main__":

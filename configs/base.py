@@ -46,15 +46,18 @@ def get_config():
   c.model.predictor_dropout = 0.0  # 0 in both releases, 0.1 in a summary of the paper
   c.model.predict_from = "views"  # what predicts the caption in LeVLJEPA+: views (each view, as
   # release 1 computes it), mean (their mean, as the equation reads)
+  c.model.patch_dropout = 0.0  # share of an image's patches that training does not look at (FLIP)
   c.model.scan = True  # one compiled layer in a loop; False: unrolled, same numbers
-  c.model.remat = "none"  # none, dots, full: what the backward pass recomputes; auto: as little
-  # as the device's memory allows
+  c.model.remat = "none"  # none, names, dots, full: what the backward pass recomputes, from nothing
+  # to all; auto: as little as the device's memory allows
+  c.model.attention = "short"  # how attention is computed, not what it is: short, xla (any chip),
+  # pallas (TPUs), cudnn (NVIDIA GPUs in bfloat16)
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
 
   c.text = ConfigDict()
   c.text.length = 77  # tokens, L, EOT included; longer captions are cut and counted
   c.text.readout = "eot"  # eot (release 2), last (release 1)
-  # "emoji" (embedded), a SentencePiece .model, GPT-2's tokenizer.json, or a folder with
+  # "emoji" or "shapes" (embedded), a SentencePiece .model, GPT-2's tokenizer.json, or a folder with
   # tokenizer.json, with vocab.json and merges.txt, or with tokenizer.model
   c.text.tokenizer = ""
 
@@ -76,7 +79,7 @@ def get_config():
   c.objective.chunk_size = 1024  # siglip: captions that a batch of images meets at once; 0: all
 
   c.optim = ConfigDict()
-  c.optim.name = "adamw"  # a name of jepa_vl.optim.OPTIMIZERS
+  c.optim.name = "adamw"  # adamw; muon: orthogonalised steps for the blocks' matrices, AdamW's else
   c.optim.lr = 2e-4  # at the end of warm-up
   c.optim.schedule = "cosine"  # cosine, wsd (warm-up, stable, cosine decay)
   c.optim.warmup = 1000  # steps
@@ -88,7 +91,13 @@ def get_config():
   c.optim.b1 = 0.9  # decay of Adam's first moment
   c.optim.b2 = 0.999  # of the second
   c.optim.eps = 1e-8  # added to the second moment's root
+  c.optim.mu_dtype = "float32"  # of the first moment; bfloat16: a sixth less training state
   c.optim.clip = 1.0  # global norm; 0: off
+
+  c.probe = ConfigDict()  # a linear probe that learns beside the encoder and never touches it
+  c.probe.label = ""  # field of the records that holds a class, counted from 0; "": no probe
+  c.probe.classes = 0  # how many there are; records without a class have no part
+  c.probe.lr = 1e-3  # of its own Adam
 
   c.data = ConfigDict()
   c.data.source = "array_record"  # a name of jepa_vl.data.sources.SOURCES
@@ -105,6 +114,7 @@ def get_config():
   # run, ends it (if they are more than ten, and more than chance explains).
   c.data.max_bad_fraction = 0.01
   c.data.augment = "standard"  # standard (release 2), resize (release 1), dino (LeVLJEPA+)
+  c.data.low_res = ()  # (pixels, steps): so many first steps see images of a smaller side
   c.data.crop_scale = (0.8, 1.0)  # share of the image's area that a random crop takes
   c.data.flip = 0.5  # probability of a horizontal flip
   c.data.jitter_prob = 0.3  # probability of colour jitter
@@ -120,6 +130,7 @@ def get_config():
   c.data.text_packing = False  # captions share rows of the text tower: same numbers, less time
   c.data.packing_group = 32  # captions that share rows; divides a device's rows of a micro-batch
   c.data.packing_tokens = 32  # mean tokens per caption, EOT included, that there is room for
+  c.data.sets = ""  # folder of the evaluation sets that configs/evals.py names
   c.data.eval_resize = 256 / 224  # shorter side over crop side in evaluations
 
   c.evals = ConfigDict()  # name -> what jepa_vl/evals/__init__.py documents

@@ -1,7 +1,10 @@
 """Named differences to any configuration: --config=configs/vit_b.py:clip, configs/tiny.py:plus.
 
-Several are joined by commas and applied in order: configs/vit_b.py:release1,plus.
+Several are joined by commas and applied in order: configs/vit_b.py:release1,plus. Those of
+configs/evals.py add evaluations.
 """
+
+from configs import evals
 
 
 def plus(c):
@@ -53,6 +56,7 @@ def paper(c):
 
 
 PRESETS = {f.__name__: f for f in (plus, clip, siglip, release1, release2, paper)}
+PRESETS |= evals.PROTOCOLS
 
 
 def apply(c, names):

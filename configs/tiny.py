@@ -45,14 +45,16 @@ def get_config(names=""):
   c.data.grey_prob = 0.1
 
   where = {"source": "emoji", "path": "", "splits": SPLITS}
-  c.evals.retrieval = ConfigDict({**where, "ranks": (1, 5, 10)})
+  c.evals.retrieval = ConfigDict({**where, "ranks": (1, 5, 10), "folds": 0})
+  groups = tuple(embedded.info()["groups"])
   c.evals.zeroshot = ConfigDict(
-    {**where, "label": "group", "classes": tuple(embedded.info()["groups"]), "prompt": "{}"}
+    {**where, "label": "group", "classes": groups, "templates": ("{}",)}
   )
   c.evals.probe = ConfigDict(
     {**where, "label": "group", "train_split": "train", "select_split": "val"}
   )
   c.evals.probe.l2 = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+  c.evals.probe.update(features=("cls", "pooled"), shots=(), draws=0)
   c.evals.rank = ConfigDict(where)
 
   c.data.local_size = 16  # of the preset `plus`: half the side, as 96 of 224

@@ -13,12 +13,14 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from jepa_vl import allocator
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
   "Folder or address (gs://bucket/run) for checkpoints, logs and results, runs/CONFIG if not "
-  "given; of export, the folder to write to.",
+  "given (of --mode=eval, runs/CONFIG-eval); of export, the folder to write to.",
 )
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "eval", "export", "bench", "compile"], "What to do."
@@ -26,8 +28,8 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "WORKDIR/checkpoints/STEP, or WORKDIR for its newest, for --mode=eval and export; export takes "
-  "weight files too.",
+  "WORKDIR/checkpoints/STEP, WORKDIR for its newest, or weight files, for --mode=eval and export; "
+  "eval also takes `untrained`.",
 )
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "For --mode=compile: chips that need not be here, v5e:16x16, v5p-64 or h100:8."
@@ -87,12 +89,13 @@ def _run(watch):
   """Does what --mode says -> the exit code."""
   if _MODE.value == "compile":  # before anything starts a backend
     return _compile()
-  from jepa_vl import train
+  from jepa_vl import compiled, train
   from jepa_vl.build import build
   from jepa_vl.data import bench
   from jepa_vl.export import export
 
   config, mode = _CONFIG.value, _MODE.value
+  compiled.keep()
   if watch:
     _mark_lines(watch.process)
   if mode == "export":
@@ -100,7 +103,8 @@ def _run(watch):
   if mode == "bench":
     return bench.report(build(config))
   if mode == "eval":
-    return train.evaluate_checkpoint(config, _CHECKPOINT.value, watch)
+    workdir = _WORKDIR.value or f"{_default_workdir()}-eval"
+    return train.evaluate_checkpoint(config, _CHECKPOINT.value, workdir, watch)
   return train.train(config, _WORKDIR.value or _default_workdir(), watch)
 
 
@@ -214,6 +218,7 @@ def _parse(argv):
 def run(mode="train"):
   """Runs the program; `mode` where the command line names none."""
   flags.FLAGS.set_default("mode", mode)
+  allocator.keep_freed_memory()
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   # The last batches of grain's workers stay in shared memory until Python, at exit, removes them
   # and remarks on it, in a process that only the environment reaches.

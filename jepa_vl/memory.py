@@ -17,7 +17,7 @@ from jepa_vl.model import two_tower
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-REMAT = ("none", "dots", "full")  # from the least recomputation to the least memory
+REMAT = ("none", "names", "dots", "full")  # from the least recomputation to the least memory
 
 # The estimate is good to a quarter, so this share of a device's memory is planned for.
 SHARE = 0.8
@@ -63,10 +63,12 @@ def _row_bytes(config, model, mesh, sides, text_rows):
   width, depth, heads = two_tower.SIZES[model.size]
   itemsize = np.dtype(model.dtype).itemsize
   tpu = mesh.devices.flat[0].platform == "tpu"
+  if model.attention in ("pallas", "cudnn"):
+    heads = 0  # neither logits nor probabilities are kept
   kwargs = dict(
     width=width, heads=heads, itemsize=itemsize, tensor=mesh.shape["tensor"], tiled=tpu
   )
-  images = [1 + (side // model.patch_size) ** 2 for side in sides]
+  images = [two_tower.image_tokens(model, side) for side in sides]
   kept = lambda n, remat, gelu: _layer_bytes(n, remat, gelu, **kwargs)
   total = depth * sum(kept(n, model.remat, 4) for n in images)
   total += depth * text_rows * kept(model.text_length, model.remat, 6)
@@ -84,12 +86,15 @@ def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled):
   """What one layer keeps of one row of `tokens` for its backward pass.
 
   Counted from the residuals of `jax.vjp`: "full" keeps the layer's input; "dots" also qkv, the
-  attention's and the MLP's products; "none" also six float32 arrays around the norms, six of the
-  attention's width, `gelu` of the MLP's, and the attention's logits and probabilities.
+  attention's and the MLP's products; "names" the attention's result too; "none" also six float32
+  arrays around the norms, six of the attention's width, `gelu` of the MLP's, and the attention's
+  logits and probabilities.
   """
   n = _up(tokens, 8) if tiled else tokens
   if remat == "full":
     return n * width * itemsize
+  if remat == "names":
+    return n * width * itemsize * (2 + 8 / tensor)
   if remat == "dots":
     return n * width * itemsize * (2 + 7 / tensor)
   logits = n * (_up(tokens, 128) if tiled else tokens) * heads / tensor

@@ -100,21 +100,26 @@ def peak_flops(device):
 
 
 class Meter:
-  """Examples per second, MFU and the share of time spent waiting for data, between two reads."""
+  """Examples per second, MFU and the share of time spent waiting for data, between two reads.
 
-  def __init__(self, batch_size, flops_per_example, devices):
+  flops_at: function of a step's number -> FLOPs of one example in that step.
+  """
+
+  def __init__(self, batch_size, flops_at, devices):
     peak = peak_flops(devices[0])
-    self._batch_size = batch_size
-    self._utilisation = flops_per_example / (peak * len(devices)) if peak else None
+    self._batch_size, self._flops_at = batch_size, flops_at
+    self._peak = peak * len(devices) if peak else None
     self._reset()
 
   def _reset(self):
     self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+    self._flops = 0.0
 
-  def step(self, waited):
-    """Counts one step; `waited`: seconds that the device stood idle for its batch."""
+  def step(self, number, waited):
+    """Counts step `number`; `waited`: seconds that the device stood idle for its batch."""
     self._waited += waited
     self._steps += 1
+    self._flops += self._batch_size * self._flops_at(number)
 
   def pause(self, seconds):
     """Leaves evaluation and saving out of the clock."""
@@ -127,7 +132,7 @@ class Meter:
     rates = {
       "examples_per_s": rate,
       "step_time": elapsed / max(self._steps, 1),
-      "mfu": rate * self._utilisation if self._utilisation else None,
+      "mfu": self._flops / elapsed / self._peak if self._peak else None,
       "data_wait": min(self._waited / elapsed, 1.0),
     }
     self._reset()
@@ -179,8 +184,8 @@ class Progress:
 class Writer:
   """metrics.jsonl, evals.jsonl and TensorBoard (and W&B when asked for) in the workdir.
 
-  Only process 0 writes. After a resume the lines past the resumed step are cut off, so that a
-  step stands in a file once.
+  Only process 0 writes. After a resume the lines past `resumed_step` are cut off, so that a
+  step stands in a file once; None leaves them all.
   """
 
   def __init__(self, workdir, *, resumed_step, wandb=""):
@@ -191,11 +196,13 @@ class Writer:
       return
     import tensorboardX  # late: it is slow to import and only one process needs it
 
-    for name in ("metrics.jsonl", "evals.jsonl"):
+    resumed = resumed_step is not None
+    for name in ("metrics.jsonl", "evals.jsonl") if resumed else ():
       _rewrite(os.path.join(workdir, name), lambda r: r["step"] <= resumed_step)
     self._tensorboard = tensorboardX.SummaryWriter(
-      os.path.join(workdir, "tensorboard"), purge_step=resumed_step + 1, flush_secs=30
-    )
+      os.path.join(workdir, "tensorboard"), purge_step=resumed_step + 1 if resumed else None,
+      flush_secs=30,
+    )  # fmt: skip
     if wandb:
       self._wandb = _start_wandb(wandb, workdir)
 
@@ -211,7 +218,9 @@ class Writer:
       path = os.path.join(self._workdir, "evals.jsonl")
       _rewrite(path, lambda r: (r["step"], r["name"]) != (step, name))
       self._append("evals.jsonl", {"step": step, "name": name, "metrics": values})
-      self._scalars(step, {f"{name}/{k}": v for k, v in values.items()})
+      beside = ("@low", "@high")  # a curve each would hide the others
+      curves = {k: v for k, v in values.items() if not k.endswith(beside)}
+      self._scalars(step, {f"{name}/{k}": v for k, v in curves.items()})
 
   def close(self):
     if self._on:

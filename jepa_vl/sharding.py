@@ -16,9 +16,11 @@ BATCH = ("data", "fsdp")  # a batch is split over both; fsdp also splits the par
 RULES = (
   (r"attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # (layer, W, 3, H, K)
   (r"attn/qkv/bias", P(None, None, "tensor", None)),
+  (r"attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),  # (layer, W, H, K)
+  (r"attn/[qkv]/bias", P(None, "tensor", None)),
   (r"attn/out/kernel", P(None, "tensor", None, "fsdp")),  # (layer, H, K, W)
-  (r"mlp/up/kernel", P(None, "fsdp", "tensor")),
-  (r"mlp/up/bias", P(None, "tensor")),
+  (r"mlp/(up|gate)/kernel", P(None, "fsdp", "tensor")),
+  (r"mlp/(up|gate)/bias", P(None, "tensor")),
   (r"mlp/down/kernel", P(None, "tensor", "fsdp")),
   # (V, W): few vocabularies divide, so both axes split the width
   (r"token_embedding", P(None, ("tensor", "fsdp"))),
@@ -83,8 +85,13 @@ def constrain(x, *axes):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  spec = _divided([BATCH if a == "batch" else a for a in axes], x.shape, mesh)
-  return jax.lax.with_sharding_constraint(x, spec)
+  return jax.lax.with_sharding_constraint(x, spec_of(x.shape, *axes))
+
+
+def spec_of(shape, *axes):
+  """PartitionSpec of an activation in the mesh that is set, as `constrain` pins it."""
+  axes = [BATCH if a == "batch" else a for a in axes]
+  return _divided(axes, shape, jax.sharding.get_abstract_mesh())
 
 
 def path_name(path):

@@ -19,6 +19,7 @@ class TrainState:
   params: Any
   batch_stats: Any
   opt: Any
+  probe: Any = flax.struct.field(default_factory=dict)  # of the online probe, if there is one
 
   @property
   def variables(self):
@@ -26,29 +27,31 @@ class TrainState:
     return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def init_fn(model, tx):
+def init_fn(model, tx, probe=None):
   """Returns init(key) -> TrainState, pure and traceable."""
 
   def init(key):
-    variables = model.init(key, two_tower.dummy_batch(model, 1), train=False)
+    # Scanned, whatever the step is: the same numbers, in a program of one layer.
+    variables = model.clone(scan=True).init(key, two_tower.dummy_batch(model, 1), train=False)
     params = variables["params"]
     stats = variables.get("batch_stats", {})
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    probed = probe.init() if probe else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), probed)
 
   return init
 
 
-def abstract_state(model, tx, mesh):
+def abstract_state(model, tx, mesh, probe=None):
   """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated."""
-  shapes = jax.eval_shape(init_fn(model, tx), jax.random.key(0))
+  shapes = jax.eval_shape(init_fn(model, tx, probe), jax.random.key(0))
   shardings = sharding.shardings_of(shapes, mesh)
   as_struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   return jax.tree.map(as_struct, shapes, shardings)
 
 
-def init_state(model, tx, mesh, seed):
+def init_state(model, tx, mesh, seed, probe=None):
   """The initial state on the mesh; each device makes only its own shards."""
-  init = init_fn(model, tx)
+  init = init_fn(model, tx, probe)
   shardings = sharding.shardings_of(jax.eval_shape(init, jax.random.key(seed)), mesh)
   with jax.set_mesh(mesh):
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))

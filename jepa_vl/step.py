@@ -11,7 +11,7 @@ from jepa_vl import sharding
 from jepa_vl.state import TrainState
 
 
-def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
+def make_train_step(model, objective, tx, *, seed, accumulate, log_every, probe=None):
   """Returns train_step(state, batch) -> (state, metrics), pure.
 
   With `accumulate` = A the batch is cut into A micro-batches of every A-th row, whose gradients
@@ -22,32 +22,41 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
   metrics: float32 scalars `loss`, `grad_norm`, `param_norm` (after the step), one per objective
   term and learned scalar, and `metrics.diagnostics` of the last micro-batch, computed in every
   `log_every`-th step and zero in the others.
+
+  probe: an OnlineProbe, for which batches have `label`. Its loss is of stopped gradients and has
+  no part in `loss` or `grad_norm`, so the encoder trains as without it.
   """
 
-  def loss_fn(params, batch_stats, batch, rng, due):
+  def loss_fn(trained, batch_stats, batch, rng, due):
+    params, weights = trained
     variables = {"params": params, "batch_stats": batch_stats}
     rng_objective, rng_dropout = jax.random.split(rng)
     out, new = model.apply(
       variables, batch, train=True, mutable=["batch_stats"], rngs={"dropout": rng_dropout}
     )
     loss, terms = objective(out, rng_objective)
-    learned = {name: out[name] for name, _ in model.scalars}
-    return loss, ({"loss": loss, **terms, **learned}, _diagnose(out, due), new["batch_stats"])
+    terms = {"loss": loss, **terms, **{name: out[name] for name, _ in model.scalars}}
+    if probe:
+      apart, of_probe = probe.loss(weights, jax.lax.stop_gradient(out["cls"]), batch["label"])
+      loss, terms = loss + apart, terms | of_probe
+    return loss, (terms, _diagnose(out, due), new["batch_stats"])
 
   grad_fn = _accumulated(jax.grad(loss_fn, has_aux=True), accumulate)
 
   def train_step(state, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     due = (state.step + 1) % log_every == 0
-    grads, (terms, diagnostics, batch_stats) = grad_fn(
-      state.params, state.batch_stats, batch, rng, due
+    trained = state.params, state.probe.get("weights")
+    (grads, of_probe), (terms, diagnostics, batch_stats) = grad_fn(
+      trained, state.batch_stats, batch, rng, due
     )
     with jax.named_scope("optimizer"):
       updates, opt = tx.update(grads, state.opt, state.params)
       params = optax.apply_updates(state.params, updates)
     norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
     metrics = {**terms, **norms, **diagnostics}
-    return TrainState(state.step + 1, params, batch_stats, opt), metrics
+    probed = probe.update(state.probe, of_probe) if probe else state.probe
+    return TrainState(state.step + 1, params, batch_stats, opt, probed), metrics
 
   return train_step
 
@@ -55,18 +64,18 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every):
 def _accumulated(grad_fn, accumulate):
   """grad_fn over `accumulate` micro-batches: mean gradients and terms, the last's diagnostics."""
 
-  def micro(params, batch_stats, batch, rng, due, i):
+  def micro(trained, batch_stats, batch, rng, due, i):
     rows = jax.tree.map(lambda x: _every(x, accumulate, i), batch)
-    return grad_fn(params, batch_stats, rows, jax.random.fold_in(rng, i), due)
+    return grad_fn(trained, batch_stats, rows, jax.random.fold_in(rng, i), due)
 
-  def accumulated(params, batch_stats, batch, rng, due):
+  def accumulated(trained, batch_stats, batch, rng, due):
     def body(carry, i):
       batch_stats, sums = carry
-      grads, (terms, diagnostics, batch_stats) = micro(params, batch_stats, batch, rng, due, i)
+      grads, (terms, diagnostics, batch_stats) = micro(trained, batch_stats, batch, rng, due, i)
       sums = jax.tree.map(lambda a, b: a + b / accumulate, sums, (grads, terms))
       return (batch_stats, sums), diagnostics
 
-    shapes = jax.eval_shape(micro, params, batch_stats, batch, rng, due, 0)
+    shapes = jax.eval_shape(micro, trained, batch_stats, batch, rng, due, 0)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
     (batch_stats, (grads, terms)), diagnostics = jax.lax.scan(
       body, (batch_stats, sums), jnp.arange(accumulate)

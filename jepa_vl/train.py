@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import functools
-import json
 import logging
 import math
 import os
@@ -13,13 +12,14 @@ import time
 import jax
 import numpy as np
 
-from jepa_vl import checkpoint, distributed, evals, interop, metrics, optim, sharding
+from jepa_vl import checkpoint, checks, distributed, evals, interop, metrics, optim, sharding
 from jepa_vl import state as state_lib
-from jepa_vl.build import FIXED_KEYS, build, check_resume, describe, flat, make_encode
+from jepa_vl.build import build, describe, make_encode
+from jepa_vl.checks import flat
 from jepa_vl.data import feed, pipeline
 from jepa_vl.data.counters import DataCounters
 from jepa_vl.evals import report
-from jepa_vl.workdir import Workdir
+from jepa_vl.workdir import FEATURES, Workdir
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def _train(config, workdir, watch):
     workdir.checkpoints, keep=config.keep_checkpoints, every=config.keep_every,
     best=config.keep_best,
   )  # fmt: skip
-  restored = checkpoints.restore(run.abstract_state, check=lambda meta: check_resume(meta, run))
+  restored = checkpoints.restore(run.abstract_state, check=lambda meta: checks.resume(meta, run))
   if restored:
     start, state = restored
     log.info("resuming from %s", checkpoints.path(start))
@@ -59,7 +59,7 @@ def _train(config, workdir, watch):
         "--workdir"
       )
   else:
-    start, state = 0, state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
+    start, state = 0, state_lib.init_state(run.model, run.tx, run.mesh, config.seed, run.probe)
     if config.init_from:
       state = initialise_from(run, state)
   if jax.process_index() == 0:
@@ -91,11 +91,15 @@ def initialise_from(run, state):
     ValueError, FileNotFoundError: as `interop.read` and `interop.fit`, or a text tower of another
       tokenizer.
   """
-  spec, own = run.config.init_from, state.variables
+  return state.replace(**weights_of(run, run.config.init_from, state.variables))
+
+
+def weights_of(run, spec, own):
+  """The variables `own` with those of the files `spec` in their place, as initialise_from."""
   variables, left_out, left_alone = interop.fit(interop.read(spec), own)
   read = [x for x in jax.tree.leaves(variables) if isinstance(x, np.ndarray)]
   if len(set(distributed.exchange(checkpoint.fingerprint(read)))) > 1:
-    raise ValueError(f"init_from: {spec} is not the same in every process; give all one copy")
+    raise ValueError(f"{spec} is not the same in every process; give all one copy")
   put = lambda x, like: like if x is like else jax.make_array_from_callback(
     like.shape, like.sharding, lambda index: x[index]
   )  # fmt: skip
@@ -103,12 +107,12 @@ def initialise_from(run, state):
   loaded = sorted(set(variables["params"]) - set(left_alone))
   for path in spec.split(","):
     _check_origin(path, interop.describe(path), run, "text" in loaded)
-  log.info("init_from: %s of %s", ", ".join(loaded), spec)
+  log.info("weights: %s of %s", ", ".join(loaded), spec)
   if left_alone:
-    log.info("init_from: not in the files, newly initialised: %s", ", ".join(left_alone))
+    log.info("weights: not in the files, newly initialised: %s", ", ".join(left_alone))
   if left_out:
-    log.info("init_from: in the files, not in this model: %s", ", ".join(left_out))
-  return state.replace(**variables)
+    log.info("weights: in the files, not in this model: %s", ", ".join(left_out))
+  return variables
 
 
 def _check_origin(path, described, run, with_text):
@@ -117,14 +121,14 @@ def _check_origin(path, described, run, with_text):
     return
   if with_text and described.tokenizer_identity not in (None, run.tokenizer.identity):
     raise ValueError(
-      f"init_from: the text tower of {path} was trained with the tokenizer "
+      f"the text tower of {path} was trained with the tokenizer "
       f"{described.tokenizer_identity}, and text.tokenizer is {run.tokenizer.identity}: its token "
       "embeddings would stand for other words. Give that tokenizer, or the image tower alone"
     )
   there, here = flat(described.config), flat(run.config.to_dict())
   for key in ("model.statistics", "text.readout"):
     if there.get(key, here[key]) != here[key]:
-      log.warning("init_from: %s was trained with %s=%s, not %s", path, key, there[key], here[key])
+      log.warning("%s was trained with %s=%s, not %s", path, key, there[key], here[key])
 
 
 def _loop(run, workdir, start, state, checkpoints, writer):
@@ -138,7 +142,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     start_step=start, parts=parts, count=count, board=board,
   )  # fmt: skip
   counters = DataCounters(run.source, config.data.max_bad_fraction)
-  meter = metrics.Meter(config.batch_size, run.flops, list(run.mesh.devices.flat))
+  meter = metrics.Meter(config.batch_size, run.flops_at, list(run.mesh.devices.flat))
   steps = StepLog(config, writer, meter, checkpoints, start, board)
   agreed, several = distributed.Consensus(run.mesh), jax.process_count() > 1
   due = lambda every, step: every and step % every == 0 and step > start
@@ -164,9 +168,9 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       if evaluating or saving:
         steps.flush(progress)  # a state that is not finite stops here, before it is saved
       pause = time.perf_counter()
-      figures = evaluate(run, encode, state.variables, step, writer) if evaluating else None
+      results = evaluate(run, encode, state.variables, step, writer) if evaluating else {}
       if saving:
-        checkpoints.save(step, state, run.meta, figures)
+        checkpoints.save(step, state, run.meta, evals.figures(results) or None)
       if evaluating or saving:
         workdir.push(must=False)
       meter.pause(time.perf_counter() - pause)
@@ -201,7 +205,7 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     who = stop.name or "another process"
     log.info("stopped by %s; saved %s. The same command goes on from it", who, path)
     return PREEMPTED
-  finish(run, encode, state, step, writer, workdir)
+  finish(run, encode, state.variables, step, writer, workdir)
   return 0
 
 
@@ -228,7 +232,7 @@ class StepLog:
     self._config, self._writer, self._meter = config, writer, meter
     self._checkpoints, self._pending, self._warned = checkpoints, None, set()
     self._schedule = optim.make_schedule(config.optim, config.steps)
-    self._start = start
+    self._compiled = {start, *config.data.low_res[1:]}  # steps whose program is not there yet
     self._finished = None  # when the pending step was
     self._watcher = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -255,9 +259,9 @@ class StepLog:
     if not all(map(math.isfinite, found.values())):
       self._stop(step, [k for k, v in take(values).items() if not math.isfinite(v)])
     progress.step(step)
-    self._meter.step(waited)
+    self._meter.step(step - 1, waited)
     if not logged:
-      if step == self._start + 1:
+      if step - 1 in self._compiled:
         self._meter.read()  # its time is compilation
       return
     rates = self._meter.read()
@@ -329,27 +333,30 @@ class StopSignal:
       raise Stopped(f"stopped by {self.name}; the same command goes on from the last checkpoint")
 
 
-def evaluate(run, encode, variables, step, writer):
-  """Runs the configured evaluations and writes them -> {name: metrics}."""
-  results = evals.run_all(encode, variables, run.mesh, run.config.evals)
-  for name, values in results.items():
+def evaluate(run, encode, variables, step, writer, at_end=False):
+  """Runs the configured evaluations and writes their figures -> {name: result}."""
+  results = evals.run_all(encode, variables, run.mesh, run.config.evals, at_end)
+  for name, values in evals.figures(results).items():
     writer.evaluation(step, name, values)
   return results
 
 
-def finish(run, encode, state, step, writer, workdir):
+def finish(run, encode, variables, step, writer, workdir):
   """Final evaluation beside its floors: the printed table, results.json and report.html."""
-  trained = evaluate(run, encode, state.variables, step, writer)
-  table = table_with_floors(run, encode, trained)
-  if jax.process_index() == 0:
-    with open(os.path.join(workdir.local, "results.json"), "w") as f:
-      json.dump({"step": step, "seed": run.config.seed, "rows": table}, f, indent=1)
-    if table:
-      print(evals.format_table(table))
-  pictures = evals.pictures(encode, state.variables, run.config.evals)
+  results = evaluate(run, encode, variables, step, writer, at_end=True)
+  table = table_with_floors(run, encode, results)
+  pictures = evals.pictures(encode, variables, run.config.evals)
   if jax.process_index():
     return
-  path = report.write(workdir.local, config=run.meta["config"], results=table, **pictures)
+  evals.write(
+    workdir.local, results, table, step=step, seed=run.config.seed, config=run.meta["config"]
+  )
+  if table:
+    print(evals.format_table(table), flush=True)
+  drawn = [detail for result in results.values() for detail in result["details"]]
+  path = report.write(
+    workdir.local, config=run.meta["config"], results=table, drawn=drawn, **pictures
+  )
   at = lambda name: os.path.join(workdir.path, name)
   log.info("all figures: %s; report: %s", at("results.json"), at(os.path.basename(path)))
 
@@ -362,19 +369,38 @@ def table_with_floors(run, encode, trained):
   return evals.table(trained, evals.run_all(encode, untrained, run.mesh, run.config.evals))
 
 
-def evaluate_checkpoint(config, path, watch=None):
-  """--mode=eval: the configured evaluations on one checkpoint, printed beside their floors."""
+UNTRAINED = "untrained"  # in place of a checkpoint
+
+
+def evaluate_checkpoint(config, path, workdir, watch=None):
+  """--mode=eval: the configured evaluations on one model, as at the end of training.
+
+  path: a checkpoint of ours or its workdir, UNTRAINED, or weight files as `init_from` takes them.
+  In the workdir, features are kept for the next evaluation of the same weights.
+  """
   if not config.evals:
     raise ValueError("the config's `evals` are empty; configs/tiny.py shows how to name some")
   run = build_alike(config, watch, training=False)
-  free = ("model.statistics", "text.readout", "objective.name", "data.source")
-  fixed = [k for k in FIXED_KEYS if k not in free]
-  check = lambda meta: check_resume(meta, run, fixed)
-  variables = checkpoint.read(path, run.abstract_state.variables, check)
-  encode = make_encode(run)
+  workdir = Workdir(workdir)
+  variables, step = read_variables(run, path)
+  encode = make_encode(run, cache=os.path.join(workdir.local, FEATURES))
   evals.prepare(encode, config.evals)
-  trained = evals.run_all(encode, variables, run.mesh, config.evals)
-  table = table_with_floors(run, encode, trained)
-  if jax.process_index() == 0:
-    print(evals.format_table(table), flush=True)
+  writer = metrics.Writer(workdir.local, resumed_step=None)
+  with contextlib.closing(workdir), contextlib.closing(writer):
+    finish(run, encode, variables, step, writer, workdir)
   return 0
+
+
+def read_variables(run, path):
+  """(variables, step) of what --checkpoint names. Raises ValueError or FileNotFoundError."""
+  if path == UNTRAINED:
+    return state_lib.init_variables(run.model, run.mesh, run.config.seed), 0
+  found = checkpoint.find(path)
+  if not found:
+    own = state_lib.init_variables(run.model, run.mesh, run.config.seed)
+    return weights_of(run, path, own), 0
+  free = ("model.statistics", "text.readout", "objective.name", "data.source")
+  fixed = [k for k in checks.FIXED_KEYS if k not in free]
+  check = lambda meta: checks.resume(meta, run, fixed)
+  variables = checkpoint.read(found, run.abstract_state.variables, check)
+  return variables, int(os.path.basename(found))

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 # Stores that both epath and tensorstore write, and the package through which epath does.
 STORES = {"gs": "gcsfs", "s3": "s3fs"}
 # What a resumed run goes on writing; of the rest it makes new files.
+FEATURES = "features"  # the folder of what evaluations keep; it stays on this machine
 RESUMED = ("metrics.jsonl", "evals.jsonl", "wandb_id")
 
 
@@ -80,7 +81,7 @@ class Workdir:
       return
     for path in sorted(pathlib.Path(self.local).rglob("*")):
       name = path.relative_to(self.local)
-      if not path.is_file() or name.parts[0] == "wandb":  # which sends its own files
+      if not path.is_file() or name.parts[0] in ("wandb", FEATURES):  # wandb sends its own
         continue
       stat = path.stat()
       version = stat.st_mtime_ns, stat.st_size

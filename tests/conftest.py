@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and small configurations to build from."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little, so the compiler may be quick.
@@ -8,6 +9,9 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+# What programs keep for their next start (jepa_vl/compiled.py) stays within this folder.
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("XDG_CACHE_HOME", str(ROOT / ".pytest_cache" / "home"))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -58,4 +62,5 @@ def cfg(config):
   c = config.copy_and_resolve_references().unlock().data
   c.jitter_prob, c.grey_prob, c.flip = 0.5, 0.2, 0.5
   c.image_size, c.text_length, c.readout = 16, 12, "eot"
+  c.label, c.classes = "", 0
   return c

@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jepa_vl import build as build_lib
+from jepa_vl import checks
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def test_a_number_below_its_minimum_is_named(config, key, value):
 
 
 def test_every_minimum_is_of_a_key_that_exists(config):
-  values = build_lib.flat(config.to_dict())
-  assert all(values[key] >= least for key, least in build_lib.MINIMUM.items())
+  values = checks.flat(config.to_dict())
+  assert all(values[key] >= least for key, least in checks.MINIMUM.items())
 
 
 def test_weights_that_leave_none_for_the_alignment_are_refused(config):
@@ -49,6 +50,51 @@ def test_a_baseline_with_predictors_is_refused(config, name):
   assert build_lib.make_encode(build_lib.build(config)).readings == ("embed",)
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+  ({"model.patch_dropout": 1.0}, "model.patch_dropout=1 must be .* below 1"),
+  ({"model.patch_dropout": -0.1}, "model.patch_dropout=-0.1 must be a share from 0"),
+  ({"model.patch_dropout": 0.9}, "patch_dropout=0.9 must .* leaves some of the 4 patches"),
+  ({"model.patch_dropout": 0.5, "data.low_res": (8, 2)}, "some of the 1 patches"),
+  ({"data.low_res": (8,)}, r"data.low_res=\(8,\) must be \(pixels, steps\)"),
+  ({"data.low_res": (8, 0.5)}, r"data.low_res=\(8, 0.5\) must be \(pixels, steps\)"),
+  ({"data.low_res": (12, 2)}, "multiple of model.patch_size=8 below model.image_size=16"),
+  ({"data.low_res": (16, 2)}, "multiple of model.patch_size=8 below model.image_size=16"),
+  ({"data.low_res": (8, 4)}, "leaves none of steps=4 to one of the two sizes"),
+  ({"data.low_res": (8, 2), "objective.name": "levljepa_plus", "data.augment": "dino",
+    "data.local_size": 8}, "data.augment='dino' has views of two sizes"),
+])  # fmt: skip
+def test_images_that_training_cannot_look_at_are_refused(config, changes, words):
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=words):
+    build_lib.build(config)
+
+
+def test_what_a_step_takes_is_counted_by_the_patches_that_it_sees(config):
+  """FLOPs, and with them MFU; memory is that of the full size, which comes last."""
+
+  def built(**keys):
+    c = config.copy_and_resolve_references()
+    c.update_from_flattened_dict(keys)
+    return build_lib.build(c)
+
+  whole, small_first = built(), built(**{"data.low_res": (8, 2)})
+  assert small_first.flops == small_first.flops_at(2) == whole.flops
+  assert small_first.memory() == whole.memory()
+  # One patch of four, as an image of 8 pixels has.
+  dropped = built(**{"model.patch_dropout": 0.75})
+  assert dropped.flops == small_first.flops_at(0) == small_first.flops_at(1) < whole.flops
+  assert dropped.memory()["activations"] < whole.memory()["activations"]
+  assert dropped.memory()["optimizer"] == whole.memory()["optimizer"]
+
+
+def test_a_first_moment_in_bfloat16_is_in_the_memory_that_is_told(config):
+  whole = build_lib.build(config).memory()
+  config.optim.mu_dtype = "bfloat16"
+  halved = build_lib.build(config).memory()
+  assert halved["optimizer"] == pytest.approx(0.75 * whole["optimizer"], rel=1e-3)
+  assert halved["total"] - whole["total"] == halved["optimizer"] - whole["optimizer"]
+
+
 def test_an_augmentation_of_the_wrong_length_is_named(config):
   config.data.blur_prob = (1.0, 0.1)
   with pytest.raises(ValueError, match="data.blur_prob must have 3 values"):
@@ -64,22 +110,22 @@ def test_an_evaluation_needs_neither_training_data_nor_its_batch(config):
 
 
 def test_a_resume_refuses_what_is_fixed_and_says_what_changed(config, caplog, monkeypatch):
-  monkeypatch.setattr(build_lib.log, "propagate", True)
+  monkeypatch.setattr(checks.log, "propagate", True)
   run = build_lib.build(config)
-  build_lib.check_resume(run.meta, run)
+  checks.resume(run.meta, run)
   there = copy.deepcopy(run.meta)
   there["config"]["optim"]["lr"], there["config"]["batch_size"] = 5.0, 7
-  with caplog.at_level("INFO", "jepa_vl.build"):
-    build_lib.check_resume(there, run)
+  with caplog.at_level("INFO", "jepa_vl.checks"):
+    checks.resume(there, run)
   assert "optim.lr: 5.0 -> " in caplog.text and "sample order is another" in caplog.text
   there["config"]["model"]["statistics"] = "imagenet"
   with pytest.raises(ValueError, match="model.statistics: imagenet there, clip here"):
-    build_lib.check_resume(there, run)
-  build_lib.check_resume(there, run, fixed_keys=("model.size",))
+    checks.resume(there, run)
+  checks.resume(there, run, fixed_keys=("model.size",))
   for key in ("data_identity", "tokenizer_identity", "arrays"):
     other = copy.deepcopy(run.meta) | {key: {"x": "y"} if key == "arrays" else "another"}
     with pytest.raises(ValueError, match="another there|y there"):
-      build_lib.check_resume(other, run)
+      checks.resume(other, run)
 
 
 @pytest.mark.parametrize("key, words", [
@@ -92,7 +138,7 @@ def test_a_figure_to_keep_the_best_by_must_come_from_the_run(config, key, words)
   config.evals.retrieval = ConfigDict({"splits": ("val",)})
   config.keep_best, config.eval_every = key, 0
   with pytest.raises(ValueError, match="keep_best") as e:
-    build_lib.check_keep_best(config)
+    checks.keep_best(config)
   assert all(word in str(e.value) for word in words)
   config.keep_best, config.eval_every = "-retrieval/val/i2t/avg/R@10", 5
-  build_lib.check_keep_best(config)
+  checks.keep_best(config)

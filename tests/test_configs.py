@@ -5,14 +5,13 @@ import importlib
 import pytest
 
 from configs import base, presets, vit_b
-from jepa_vl import build as build_lib
-from jepa_vl import objectives
+from jepa_vl import checks, objectives
 
 NAMES = ["tiny", "vit_s", "vit_b", "vit_l", "vit_b_plus", "clip_b", "siglip_b"]
 
 
 def changed(config, reference):
-  config, reference = (build_lib.flat(c.to_dict()) for c in (config, reference))
+  config, reference = (checks.flat(c.to_dict()) for c in (config, reference))
   assert set(config) == set(reference)
   return {k for k in config if config[k] != reference[k]}
 

@@ -73,7 +73,7 @@ def test_what_it_encodes_is_what_evaluations_see(model, workdir):
   close(model.cls_features(pictures), expected["cls"][:5])
   close(model.encode_text(data.captions[:7]), expected["z_txt"][:7])
   close(model.predict_image_from_text(data.captions[:7]), expected["p_txt"][:7])
-  close(model.patch_features(pictures), encode.patches(variables, data.images[:5]))
+  close(model.patch_features(pictures), encode.patches(variables, data.images()[:5]))
   assert model.description.step == 2 and model.reading == "avg" and model.embed_dim == 16
 
 

@@ -1,21 +1,19 @@
 """Figures are what plain loops say, chance is chance, and a collapsed model does not score."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
+import scipy.stats
+from made_up import D, make_encode, make_variables
 from ml_collections import ConfigDict
 from records import record, write
 
 from jepa_vl import evals, sharding
-from jepa_vl.data import common as data_common
-from jepa_vl.data import embedded, tokenizer, transforms
+from jepa_vl.data import embedded
 from jepa_vl.evals import common, probes, rank, retrieval
 
 WHERE = {"source": "emoji", "path": "", "splits": ("val",)}
-D = 12
 
 
 # --- ranks and chance
@@ -114,41 +112,67 @@ def test_a_zero_embedding_is_similar_to_nothing():
   assert (common.similarity({"z_img": x}, {"z_txt": x + 1}, "embed") == 0).all()
 
 
-# --- the real Encode around a made-up model
+# --- intervals
 
 
-def look(variables, batch):
-  """A stand-in for the model: fixed random projections of colours and of token counts."""
-  out = {}
-  if "image" in batch:
-    x = batch["image"].astype(jnp.float32) / 255
-    B, S = x.shape[:2]
-    patches = x.reshape(B, 2, S // 2, 2, S // 2, 3).mean(axis=(2, 4)).reshape(B, 4, 3)
-    out["cls"] = patches.reshape(B, 12).astype(jnp.bfloat16)
-    out["patches"] = patches.astype(jnp.bfloat16)
-    out["z_img"] = patches.reshape(B, 12) @ variables["image"]
-    out["p_img"] = jnp.tanh(out["z_img"])
-  if "text" in batch:
-    counts = jax.nn.one_hot(batch["text"] % 50, 50) * batch["mask"][..., None]
-    out["z_txt"] = counts.sum(axis=1) @ variables["text"]
-    out["p_txt"] = jnp.tanh(out["z_txt"])
-  return out
+def test_bootstrap_is_scipys():
+  """Of a mean and of a ratio of sums; and rows that are alike have no interval."""
+  rng = np.random.default_rng(0)
+  hits, ratio = rng.random(80) < 0.3, rng.random((80, 2))
+  found = common.means({"a": hits, "b": np.ones(80)})
+  expected = scipy.stats.bootstrap(
+    (hits,), np.mean, method="percentile", n_resamples=4000, random_state=0
+  ).confidence_interval
+  assert found["a"] == hits.mean()
+  assert (found["a@low"], found["a@high"]) == pytest.approx(tuple(expected), abs=0.02)
+  assert found["b@low"] == found["b@high"] == 1
+  low, high = common.bootstrap([ratio[:, 0], ratio[:, 1]], lambda a, b: a / b)
+  expected = scipy.stats.bootstrap(
+    (ratio[:, 0], ratio[:, 1]), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True,
+    method="percentile", n_resamples=4000, random_state=0,
+  ).confidence_interval  # fmt: skip
+  assert (low, high) == pytest.approx(tuple(expected), abs=0.02)
+
+
+# --- in blocks
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_ranks_in_blocks_are_those_of_the_whole(data, monkeypatch):
+  """Several right ones, none, ties, constant and NaN rows; a ragged last block."""
+  monkeypatch.setattr(common, "QUERIES", 16)
+  monkeypatch.setattr(common, "CANDIDATES", 8)
+  rng = np.random.default_rng(0)
+  q, c = rng.normal(size=(2, 37, D)).astype(np.float32), rng.normal(size=(2, 29, D))
+  c = c.astype(np.float32)
+  q[0, 5], c[0, 3] = np.nan, np.nan
+  c[:, 20:] = c[:, :9]  # ties across blocks
+  right = rng.random((37, 29)) < 0.08
+  right[4] = False
+  mesh = sharding.make_mesh(data=data, fsdp=1, tensor=1, devices=jax.devices()[:data])
+  found = common.first_hits(list(q), list(c), scipy.sparse.csr_array(right), mesh)
+  scores = sum(common.unit(a) @ common.unit(b).T for a, b in zip(q, c, strict=True)) / 2
+  scores[:, 20:] = scores[:, :9]  # NumPy may round equal columns differently
+  np.testing.assert_array_equal(found, common.first_hit(scores, right))
+
+
+@pytest.mark.parametrize("shape", [(155, 310, 64), (33, 17, 130)])
+def test_constant_embeddings_never_hit_in_blocks(shape, mesh, monkeypatch):
+  monkeypatch.setattr(common, "CANDIDATES", 64)
+  N, C, width = shape
+  rng = np.random.default_rng(0)
+  constant = np.repeat(rng.normal(size=(1, width)), C, axis=0)
+  right = scipy.sparse.csr_array(np.arange(N)[:, None] % C == np.arange(C))
+  first = common.first_hits([rng.normal(size=(N, width))], [constant], right, mesh)
+  assert (first == C - 1).all()
+
+
+# --- end to end
 
 
 @pytest.fixture(scope="module")
 def variables():
-  keys = jax.random.split(jax.random.key(0))
-  return {"image": jax.random.normal(keys[0], (12, D)), "text": jax.random.normal(keys[1], (50, D))}
-
-
-def make_encode(mesh, apply=look, batch_size=64, readings=tuple(common.READINGS)):
-  tokenize = functools.partial(
-    tokenizer.tokenize, tokenizer.load("emoji"), length=12, readout="eot"
-  )
-  return common.Encode(
-    apply=jax.jit(apply), tokenize=tokenize, mesh=mesh, image_size=16, resize_ratio=1.0,
-    batch_size=batch_size, readings=readings, keys=data_common.USUAL,
-  )  # fmt: skip
+  return make_variables()
 
 
 @pytest.fixture(scope="module")
@@ -156,75 +180,17 @@ def encode():
   return make_encode(sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("data", [1, 8])
-@pytest.mark.parametrize("batch_size", [8, 64])
-def test_features_do_not_depend_on_batches_or_devices(encode, variables, data, batch_size):
-  """Neither the padding of the last batch nor the mesh can be seen, and order is kept."""
-  mesh = sharding.make_mesh(data=data, fsdp=1, tensor=1, devices=jax.devices()[:data])
-  images = encode.split("emoji", "", "val").images[:27]
-  captions = encode.split("emoji", "", "val").captions[:11]
-  found = make_encode(mesh, batch_size=batch_size)
-  found = found.images(variables, images) | found.texts(variables, captions)
-  ids, mask, _ = encode.tokenize(captions)
-  direct = look(variables, {"image": images, "text": ids, "mask": mask})
-  assert set(found) == {"z_img", "p_img", "cls", "pooled", "z_txt", "p_txt"}
-  pooled = np.asarray(direct["patches"], np.float32).mean(axis=1)
-  for k, v in found.items():
-    assert isinstance(v, np.ndarray) and v.dtype == np.float32
-    np.testing.assert_allclose(v, pooled if k == "pooled" else direct[k], atol=1e-5, err_msg=k)
-
-
-def test_patches_lie_on_their_grid(encode, variables):
-  images = np.zeros((3, 16, 16, 3), np.uint8)
-  images[:, :8, 8:, 1] = 255  # top right is green
-  found = encode.patches(variables, images)
-  assert found.shape == (3, 2, 2, 3) and found.dtype == np.float32
-  assert (found[:, 0, 1] == [0, 1, 0]).all() and found.sum() == 3
-
-
-def test_features_follow_the_variables(mesh, variables):
-  """They are kept for one state and computed anew for the next."""
-  encode, other = make_encode(mesh), jax.tree.map(lambda x: 2 * x, variables)
-  first = encode.features(variables, "emoji", "", "val")
-  assert encode.features(variables, "emoji", "", "val") is first
-  second = encode.features(other, "emoji", "", "val")
-  np.testing.assert_allclose(second["z_img"], 2 * first["z_img"], rtol=1e-5)
-
-
-def test_split_has_one_caption_per_concept_and_both_styles_as_hits(encode):
-  data, records = encode.split("emoji", "", "val"), embedded.read_records("val")
-  assert data.images.shape == (len(records), 16, 16, 3) and data.left_out == []
-  concepts = list(dict.fromkeys(r["concept"] for r in records))
-  assert len(data.captions) == len(concepts) == data.relevant.shape[1]
-  for r, row in zip(records, data.relevant, strict=True):
-    c = concepts.index(r["concept"])
-    assert row[c] and data.captions[c] == transforms.full_caption(r)
-  assert data.relevant.sum(axis=0).min() == 2
-  assert encode.split("emoji", "", "val") is data
-
-
-def test_equal_images_or_equal_captions_are_hits_for_each_other(encode, tmp_path):
-  image = {r["concept"]: r["image"] for r in embedded.read_records("val")}
-  a, b, c = list(image.values())[:3]
-  pairs = [(a, "one"), (a, "two"), (b, "three"), (c, "three"), (b"broken", "four")]
-  write(tmp_path / "x", [{"image": data, "caption": caption} for data, caption in pairs])
-  split = encode.split("array_record", str(tmp_path / "x"), "")
-  assert split.captions == ["one", "two", "three"] and split.left_out == [4]
-  assert split.relevant.astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]
-
-
-# --- end to end
-
 
 @pytest.fixture(scope="module")
 def all_evals():
   labels = {"label": "group"}
   return ConfigDict(
     {
-      "retrieval": {**WHERE, "ranks": (1, 5)},
-      "zeroshot": {**WHERE, **labels, "classes": embedded.info()["groups"], "prompt": "a {}"},
+      "retrieval": {**WHERE, "ranks": (1, 5), "folds": 0},
+      "zeroshot": {**WHERE, **labels, "classes": embedded.info()["groups"], "templates": ("a {}",)},
       "probe": {
-        **WHERE, **labels, "train_split": "val_style", "select_split": "val", "l2": (0.1, 1.0)
+        **WHERE, **labels, "train_split": "val_style", "select_split": "val", "l2": (0.1, 1.0),
+        "features": ("cls", "pooled"), "shots": (1,), "draws": 2,
       },
       "rank": WHERE,
     }
@@ -238,24 +204,28 @@ def results(encode, variables, all_evals):
 
 
 def test_every_evaluation_gives_finite_floats(results, all_evals):
-  assert set(results) == set(evals.EVALS) == set(all_evals)
-  for name, figures in results.items():
+  assert set(results) == set(all_evals)
+  for name, figures in evals.figures(results).items():
     assert figures
     for key, value in figures.items():
       assert type(value) is float and np.isfinite(value), (name, key)
       assert 0 <= value <= (D if name == "rank" else 1), (name, key)
+      if not common.is_beside(key) and f"{key}@low" in figures:
+        assert figures[f"{key}@low"] <= value <= figures[f"{key}@high"]
+    assert results[name]["protocol"] and results[name]["sizes"]["val"]
 
 
 def test_retrieval_is_what_a_loop_counts(encode, variables, results):
   data = encode.split("emoji", "", "val")
   features = encode.features(variables, "emoji", "", "val")
-  scores = common.similarity(features, features, "avg")
-  for way, s, relevant in (("i2t", scores, data.relevant), ("t2i", scores.T, data.relevant.T)):
+  scores, right = common.similarity(features, features, "avg"), data.relevant.toarray()
+  figures = results["retrieval"]["figures"]
+  for way, s, relevant in (("i2t", scores, right), ("t2i", scores.T, right.T)):
     for k in (1, 5):
       hits = [relevant[q][np.argsort(-s[q])[:k]].any() for q in range(len(s))]
-      assert results["retrieval"][f"val/{way}/avg/R@{k}"] == pytest.approx(np.mean(hits))
-  assert results["retrieval"]["val/t2i/avg/R@1@random"] == pytest.approx(2 / 310, rel=0.05)
-  assert len(results["retrieval"]) == 2 * 2 * 2 * len(common.READINGS)
+      assert figures[f"val/{way}/avg/R@{k}"] == pytest.approx(np.mean(hits))
+  assert figures["val/t2i/avg/R@1@random"] == pytest.approx(2 / 310, rel=0.05)
+  assert len(figures) == 2 * 2 * 4 * len(common.READINGS)
 
 
 def test_zero_shot_and_probe_figures_are_what_a_loop_counts(encode, variables, results):
@@ -263,15 +233,15 @@ def test_zero_shot_and_probe_figures_are_what_a_loop_counts(encode, variables, r
   labels = np.array([r["group"] for r in data.records])
   texts = encode.texts(variables, [f"a {name}" for name in embedded.info()["groups"]])
   scores = common.similarity(encode.features(variables, "emoji", "", "val"), texts, "embed")
-  figures = results["zeroshot"]
+  figures, probe = results["zeroshot"]["figures"], results["probe"]["figures"]
   assert figures["val/embed/top1"] == pytest.approx(np.mean(scores.argmax(axis=1) == labels))
   assert figures["val/embed/top1@random"] == 1 / 8
   majority = np.bincount(labels).max() / len(labels)
   assert figures["val/embed/top1@majority"] == pytest.approx(majority)
   for feature in probes.FEATURES:
-    assert results["probe"][f"val/{feature}/group@majority"] == pytest.approx(majority)
-    assert results["probe"][f"val/{feature}/group"] > majority  # colours tell groups apart
-  pixels = {results["probe"][f"val/{f}/group@raw_pixels"] for f in probes.FEATURES}
+    assert probe[f"val/{feature}/group@majority"] == pytest.approx(majority)
+    assert probe[f"val/{feature}/group"] > majority  # colours tell groups apart
+  pixels = {probe[f"val/{f}/group@raw_pixels"] for f in probes.FEATURES}
   assert len(pixels) == 1
 
 
@@ -279,7 +249,8 @@ def test_perfect_embeddings_score_one_and_collapsed_ones_nothing(mesh):
   """Text and image of a pair are looked up to be equal, then made the same for all pairs."""
   data = make_encode(mesh).split("emoji", "", "val")
   codes = np.eye(len(data.captions), dtype=np.float32)
-  images, texts = data.relevant / data.relevant.sum(axis=1, keepdims=True), codes
+  right = data.relevant.toarray()
+  images, texts = right / right.sum(axis=1, keepdims=True), codes
   for constant, expected in ((False, 1.0), (True, 0.0)):
     encode = make_encode(mesh)
     give = lambda x, constant=constant: (x * 0 + 1 if constant else x).astype(np.float32)
@@ -287,70 +258,89 @@ def test_perfect_embeddings_score_one_and_collapsed_ones_nothing(mesh):
       **dict.fromkeys(("z_img", "p_img"), give(images)),
       **dict.fromkeys(("z_txt", "p_txt"), give(texts)),
     }
-    figures = retrieval.run(encode, None, mesh, **WHERE, ranks=(1,))
+    figures = retrieval.run(encode, None, mesh, **WHERE, ranks=(1,), folds=0)["figures"]
     values = {v for k, v in figures.items() if not k.endswith("@random")}
     assert values == {expected}
-    ranks = rank.run(encode, None, mesh, **WHERE)
+    ranks = rank.run(encode, None, mesh, **WHERE)["figures"]
     assert all(v > 100 if not constant else v == 1 for v in ranks.values())
 
 
-def test_table_pairs_figures_with_their_floors(results):
-  untrained = jax.tree.map(lambda v: v / 2, results)
+def test_table_pairs_figures_with_what_stands_beside_them(results):
+  half = lambda figures: {k: v / 2 for k, v in figures.items()}
+  untrained = {name: r | {"figures": half(r["figures"])} for name, r in results.items()}
   rows = evals.table(results, untrained)
-  floors = tuple(f"@{name}" for name in common.FLOORS)
-  assert len(rows) == sum(not k.endswith(floors) for r in results.values() for k in r)
+  figures = evals.figures(results)
+  assert len(rows) == sum(not common.is_beside(k) for f in figures.values() for k in f)
   for row in rows:
     key = f"{row['split']}/{row['metric']}"
-    figures = results[row["evaluation"]]
-    assert row["split"] == "val" and row["value"] == figures[key]
+    assert row["split"] == "val" and row["value"] == figures[row["evaluation"]][key]
     assert row["untrained"] == pytest.approx(row["value"] / 2)
-    for floor in common.FLOORS:
-      assert row[floor] == figures.get(f"{key}@{floor}")
+    for what in common.FLOORS + common.INTERVAL:
+      assert row[what] == figures[row["evaluation"]].get(f"{key}@{what}")
   kinds = {
-    (row["evaluation"], *(floor for floor in common.FLOORS if row[floor] is not None))
+    (row["evaluation"], *(f for f in common.FLOORS + ("low",) if row[f] is not None))
     for row in rows
   }
   assert kinds == {
-    ("retrieval", "random"),
-    ("zeroshot", "random", "majority"),
-    ("probe", "majority", "raw_pixels"),
+    ("retrieval", "random", "low"),
+    ("zeroshot", "random", "majority", "low"),
+    ("probe", "majority", "raw_pixels", "low"),
+    ("probe", "majority", "low"),  # few-shot
     ("rank",),
   }
 
 
 def test_format_table_prints_headline_rows():
-  row = dict.fromkeys(("untrained", *common.FLOORS))
+  row = dict.fromkeys(("untrained", *common.INTERVAL, *common.FLOORS))
   named = lambda evaluation, metric, value: {
     **row, "evaluation": evaluation, "split": "C", "metric": metric, "value": value
   }  # fmt: skip
   text = evals.format_table([
-    named("retrieval", "i2t/avg/R@1", 0.25) | {"random": 0.125},
+    named("retrieval", "i2t/avg/R@1", 0.25) | {"random": 0.125, "low": 0.2, "high": 0.3},
     named("retrieval", "i2t/embed/R@1", 0.75),
-    named("zeroshot", "avg/top1", 0.5),
+    named("zeroshot", "avg/top1", 0.5) | {"random": 0.1, "raw_pixels": 0.2, "untrained": 0.05},
     named("rank", "img", 17.0),
   ])
   header, *lines = text.strip().splitlines()
-  assert header.split() == ["value", "untrained", "random", "majority", "raw", "pixels"]
-  assert [line.split() for line in lines] == [
-    ["retrieval", "C", "i2t/avg/R@1", "0.250", "-", "0.125", "-", "-"],
-    ["zeroshot", "C", "avg/top1", "0.500", "-", "-", "-", "-"],
-    ["rank", "C", "img", "17.000", "-", "-", "-", "-"],
+  assert header.split() == ["value", "95%", "interval", "untrained", "floors"]
+  assert [" ".join(line.split()) for line in lines] == [
+    "retrieval C i2t/avg/R@1 0.250 0.200 - 0.300 - random 0.125",
+    "zeroshot C avg/top1 0.500 - 0.050 random 0.100, raw pixels 0.200",
+    "rank C img 17.000 - - -",
   ]
+
+
+def test_one_evaluation_runs_under_two_names_and_one_only_at_the_end(encode, variables):
+  cfg = ConfigDict({"rank": WHERE, "late": {**WHERE, "evaluation": "rank", "when": "end"}})
+  evals.check(cfg)
+  evals.prepare(encode, cfg)
+  found = evals.run_all(encode, variables, encode.mesh, cfg)
+  assert found["late"]["figures"] == found["rank"]["figures"]
+  assert set(evals.run_all(encode, variables, encode.mesh, cfg, at_end=False)) == {"rank"}
+  with pytest.raises(ValueError, match="evals.rank.when must be one of always, end, got 'never'"):
+    evals.check({"rank": {**WHERE, "when": "never"}})
 
 
 def test_without_predictions_the_embeddings_are_the_headline(encode, variables, mesh):
   """CLIP and SigLIP: one reading, and the table shows it."""
   few = make_encode(mesh, readings=("embed",))
-  cfg = ConfigDict({"retrieval": {**WHERE, "splits": ("val",), "ranks": (1,)}})
+  cfg = ConfigDict({"retrieval": {**WHERE, "splits": ("val",), "ranks": (1,), "folds": 0}})
   found = evals.run_all(few, variables, mesh, cfg)
-  keys = [k for k in found["retrieval"] if not common.is_floor(k)]
+  keys = [k for k in found["retrieval"]["figures"] if not common.is_beside(k)]
   assert keys == ["val/i2t/embed/R@1", "val/t2i/embed/R@1"]
-  all_readings = evals.run_all(encode, variables, mesh, cfg)["retrieval"]
-  assert found["retrieval"][keys[0]] == all_readings[keys[0]]
+  all_readings = evals.run_all(encode, variables, mesh, cfg)["retrieval"]["figures"]
+  assert found["retrieval"]["figures"][keys[0]] == all_readings[keys[0]]
   assert "i2t/embed/R@1" in evals.format_table(evals.table(found, found))
-  similarity = evals.pictures(few, variables, cfg)["retrieval"]["similarity"]
+  pictures = evals.pictures(few, variables, cfg)
+  similarity = pictures["retrieval"]["similarity"]
   features = few.features(variables, "emoji", "", "val")
   np.testing.assert_array_equal(similarity, common.similarity(features, features, "embed"))
+  patches = pictures["patches"]
+  last = few.patches(variables, patches["images"])
+  assert list(patches["blocks"]) == [2, 3, 4, 5] and last.shape[1:] == (2, 2, 3)
+  np.testing.assert_array_equal(patches["blocks"][5], last)  # after the final norm
+  np.testing.assert_allclose(patches["blocks"][3], 3 * last, rtol=1e-6)
+  assert patches["attention"].shape == last.shape[:3]
 
 
 def test_an_unknown_evaluation_is_refused():

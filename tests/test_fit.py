@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jepa_vl import build as build_lib
-from jepa_vl import memory, sharding, state
+from jepa_vl import checks, memory, sharding, state
 from jepa_vl.model import two_tower
 
 
@@ -36,7 +36,8 @@ def test_state_is_counted_exactly_from_its_shardings(config):
 
 
 @pytest.mark.parametrize(("remat", "dtype"), [
-  ("none", "bfloat16"), ("dots", "bfloat16"), ("full", "bfloat16"), ("none", "float32"),
+  ("none", "bfloat16"), ("names", "bfloat16"), ("dots", "bfloat16"), ("full", "bfloat16"),
+  ("none", "float32"),
 ])  # fmt: skip
 def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype):
   """The count per layer against the residuals of the towers' own vjp."""
@@ -69,14 +70,15 @@ def test_the_fewest_micro_batches_then_the_least_recomputation(vit_s, caplog, mo
   vit_s.mesh.data = 1
   run = build_lib.build(vit_s, training=False, devices=jax.devices()[:1])
   need = lambda a, r: run.memory(accumulate=a, remat=r)["total"]
-  assert need(1, "none") > need(1, "dots") > need(1, "full") > need(2, "full") > need(4, "full")
+  assert need(1, "none") > need(1, "names") > need(1, "dots") > need(1, "full")
+  assert need(1, "full") > need(2, "full") > need(4, "full")
 
   def chosen(limit):
     config = vit_s.copy_and_resolve_references()
     memory.fill_in(config, limit / memory.SHARE, need, run.mesh)
     return config.accumulate, config.model.remat
 
-  for choice in ((1, "none"), (1, "dots"), (1, "full"), (4, "full")):
+  for choice in ((1, "none"), (1, "names"), (1, "dots"), (1, "full"), (4, "full")):
     assert chosen(need(*choice) + 1) == choice
   assert chosen(2 * need(1, "none")) == (1, "none")
   assert chosen(need(1, "none") - 1) != (1, "none")
@@ -123,7 +125,7 @@ def test_a_run_fills_in_what_is_open(vit_s, monkeypatch):
   other = build_lib.build(config)
   assert config.accumulate > 1 and other.meta["config"]["accumulate"] == config.accumulate
   with pytest.raises(ValueError, match="begun with accumulate=1, .*--config.accumulate=1 to go on"):
-    build_lib.check_resume(run.meta, other)
+    checks.resume(run.meta, other)
 
 
 def test_this_machines_memory_is_half_its_ram_by_device():

@@ -125,6 +125,21 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   assert hlo.Program(text).hbm_bytes(on_chip=True) == 2 * 4096
 
 
+def test_a_kernel_reads_its_operands_and_writes_its_results():
+  """Whatever it does in vector memory; a place that is only set aside is neither."""
+  text = """HloModule m
+ENTRY %main (p: bf16[8,128], q: f32[8,128]) -> (bf16[8,128], f32[4]) {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %q = f32[8,128]{1,0} parameter(1)
+  %a = f32[50,8,128]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %k = (bf16[8,128]{1,0}, f32[4]{0}) custom-call(%p, %q), custom_call_target="tpu_custom_call"
+}
+"""
+  program = hlo.Program(text)
+  assert program.hbm_bytes(on_chip=True) == 2048 + 4096 + 2048 + 16
+  assert [op.name for op, _ in program.traffic()] == ["k"]
+
+
 def test_a_fusion_reads_what_it_slices_and_writes_what_it_updates():
   """One row of 50 is read, another written in place; the 49 others are left alone."""
   text = """HloModule m

@@ -5,11 +5,11 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
-  "sharding": 0, "distributed": 0, "chips": 0,
+  "sharding": 0, "distributed": 0, "chips": 0, "allocator": 0, "compiled": 0,
   "metrics": 1, "workdir": 1,
-  "model": 2, "optim": 2, "checkpoint": 2,
+  "model": 2, "optim": 2, "checkpoint": 2, "online_probe": 2,
   "state": 3, "data": 3, "objectives": 3, "interop": 3,
-  "step": 4, "evals": 4, "memory": 4,
+  "step": 4, "evals": 4, "memory": 4, "checks": 4,
   "build": 5,
   "train": 6, "encoder": 6, "aot": 6,
   "export": 7,

@@ -257,7 +257,7 @@ def test_export_needs_no_config_and_a_run_starts_from_it(tmp_path):
   assert (exported / "README.md").exists() and (exported / "tokenizer.model").exists()
   flags = [f"--workdir={tmp_path / 'next'}", f"--config.init_from={exported}", "--config.steps=1"]
   status, output = run(*flags, *NO_EVALS)
-  assert status == 0 and "init_from: image, image_head," in output, output
+  assert status == 0 and "weights: image, image_head," in output, output
 
 
 def test_a_config_with_a_preset_has_a_folder_of_its_own(tmp_path, monkeypatch):

@@ -224,27 +224,31 @@ def device(kind):
 
 
 def test_meter_counts_from_one_read_to_the_next(clock):
-  meter = metrics.Meter(32, 1e9, [device("cpu")])
-  for waited in (0.5, 0.0, 1.5, 0.0):
+  meter = metrics.Meter(32, lambda step: 1e9, [device("cpu")])
+  for number, waited in enumerate((0.5, 0.0, 1.5, 0.0)):
     clock.now += 2
-    meter.step(waited)
+    meter.step(number, waited)
   clock.now += 4  # an evaluation
   meter.pause(4)
   assert meter.read() == {
     "examples_per_s": 4 * 32 / 8, "step_time": 2.0, "mfu": None, "data_wait": 0.25
   }  # fmt: skip
   clock.now += 1
-  meter.step(3.0)
+  meter.step(4, 3.0)
   assert meter.read() == {
     "examples_per_s": 32.0, "step_time": 1.0, "mfu": None, "data_wait": 1.0
   }  # fmt: skip
 
 
 def test_mfu_is_the_share_of_all_devices_peak(clock):
-  meter = metrics.Meter(1000, 145e9, [device("TPU v4")] * 4)
-  clock.now += 0.5
-  meter.step(0.0)
-  assert meter.read()["mfu"] == pytest.approx(1000 * 145e9 / 0.5 / (4 * 275e12))
+  """Of what each step computes: the first two have smaller images."""
+  flops = lambda step: 40e9 if step < 2 else 145e9
+  meter = metrics.Meter(1000, flops, [device("TPU v4")] * 4)
+  for first, of_three in ((1, 40e9 + 2 * 145e9), (4, 3 * 145e9)):
+    for number in range(first, first + 3):
+      clock.now += 0.5
+      meter.step(number, 0.0)
+    assert meter.read()["mfu"] == pytest.approx(1000 * of_three / 1.5 / (4 * 275e12))
 
 
 @pytest.mark.parametrize(

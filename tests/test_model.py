@@ -56,6 +56,7 @@ def test_shapes(config):
   {"model.scan": False},
   {"model.remat": "full"},
   {"model.remat": "dots"},
+  {"model.remat": "names"},
   {"model.remat": "full", "model.scan": False},
 ])
 def test_scan_unroll_and_remat_give_the_same_numbers(config, changes):
@@ -151,6 +152,51 @@ def test_cls_and_patch_tokens_are_read_where_they_stand(config):
     np.testing.assert_array_equal(after["cls"], before["cls"])
     moved = np.abs(after["patches"] - before["patches"]).max(axis=(0, 2)) > 1e-3
     assert moved.tolist() == [i == n for i in range(side**2)]
+
+
+def pixels(config):
+  """A model that drops half of its 16 patches, its variables, and images it does not normalise."""
+  model = build(config, **{"model.patch_dropout": 0.5, "model.image_size": 32})
+  images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
+  return model, init(model), images
+
+
+def look(model, variables, images, train=True, key=0):
+  rngs = {"dropout": jax.random.key(key)} if train else {}
+  return model.apply(
+    variables, {"image": images}, train=train, mutable="batch_stats", rngs=rngs
+  )[0]  # fmt: skip
+
+
+def test_patch_dropout_takes_other_patches_of_every_image(config):
+  """CLS has a gradient to eight patches of 16 of its own image; which, image and key decide."""
+  model, variables, images = pixels(config)
+  weights = jax.random.normal(jax.random.key(1), (128,))
+
+  def seen(train, key):
+    read = lambda x: jnp.sum(look(model, variables, x, train, key)["cls"] @ weights)
+    grads = np.asarray(jax.jit(jax.grad(read))(images)).reshape(8, 4, 8, 4, 8, 3)
+    return np.abs(grads).max(axis=(2, 4, 5)).reshape(8, 16) > 0
+
+  first, again, other = seen(True, 0), seen(True, 0), seen(True, 1)
+  assert (first.sum(axis=1) == 8).all() and (first == again).all()
+  assert len({row.tobytes() for row in (*first, *other)}) > 12
+  assert seen(False, 0).all()
+
+
+def test_a_kept_patch_is_the_token_that_it_would_be(config):
+  """With the blocks silenced each token is its own patch at its own place; none comes twice."""
+  model, variables, images = pixels(config)
+  tower = variables["params"]["image"]["tower"]["blocks"]
+  for part in (tower["attn"]["out"], tower["mlp"]["down"]):
+    part["kernel"] = jnp.zeros_like(part["kernel"])
+  every = look(model, variables, images, train=False)["patches"]
+  kept = look(model, variables, images)["patches"]
+  assert every.shape == (8, 16, 128) and kept.shape == (8, 8, 128)
+  which = np.abs(np.asarray(kept)[:, :, None] - np.asarray(every)[:, None]).max(axis=-1) < 1e-5
+  assert (which.sum(axis=2) == 1).all() and (which.sum(axis=1) <= 1).all()
+  without = build(config, **{"model.image_size": 32})
+  np.testing.assert_array_equal(look(without, variables, images, train=False)["patches"], every)
 
 
 def test_normalisation_is_that_of_the_statistics():

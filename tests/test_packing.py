@@ -292,6 +292,7 @@ def text_tower(dtype):
   """batch -> what the text tower reads of it, (B, W) float32."""
   tower = gpt.GPT(
     width=32, depth=2, heads=2, vocab_size=100, length=L, readout="eot", scan=True, remat="none",
+    attention="short",
     dtype=dtype,
   )  # fmt: skip
   init = jax.jit(tower.init)(jax.random.key(0), np.zeros((1, L), int), np.ones((1, L), bool))

@@ -9,7 +9,6 @@ from records import noise, pair, png, record, write, write_tar
 from jepa_vl.data import pipeline, sources, transforms
 from jepa_vl.data.counters import DataCounters
 from jepa_vl.data.sources import DamagedRecord
-from jepa_vl.evals import common
 
 N, BATCH, SEED = 23, 8, 5  # N is no multiple of BATCH: epochs end within batches
 
@@ -78,6 +77,18 @@ def test_worker_processes_do_not_change_the_batches(source, tok, cfg, workers):
   alone = rows(take(source, tok, cfg, 5, start=2))
   cfg.workers = workers
   assert_equal(rows(take(source, tok, cfg, 5, start=2)), alone)
+
+
+@pytest.mark.parametrize(("start", "workers"), [(0, 0), (2, 0), (4, 0), (1, 2)])
+def test_the_first_steps_have_smaller_images_and_nothing_else(source, tok, cfg, start, workers):
+  """The batch of a step is the one of a run at its size, wherever the run began."""
+  full = take(source, tok, cfg, 5)
+  cfg.image_size = 8
+  small = take(source, tok, cfg, 3)
+  cfg.image_size, cfg.low_res, cfg.workers = 16, (8, 3), workers
+  found = take(source, tok, cfg, 5 - start, start=start)
+  for batch, expected in zip(found, [*small, *full[3:]][start:], strict=True):
+    assert_equal(batch, expected)
 
 
 def test_batch_must_divide_into_parts(source, tok, cfg):
@@ -178,11 +189,13 @@ def test_a_bad_record_is_damaged_not_a_crash(damaged, index):
 
 
 def test_evaluation_leaves_bad_records_out_and_says_which(damaged):
-  records, images, left_out = common.read_rows(damaged, image_size=16, resize_ratio=1.0)
+  records, images, left_out = pipeline.evaluation_rows(
+    damaged, range(N), image_size=16, resize_ratio=1.0
+  )
   assert left_out == list(BAD)
   assert [r["caption"] for r in records] == [f"number {i}" for i in range(N) if i not in BAD]
   assert all("image" not in r for r in records)
-  assert images.shape == (N - len(BAD), 16, 16, 3)
+  assert np.stack(images).shape == (N - len(BAD), 16, 16, 3)
   np.testing.assert_array_equal(images[0], transforms.centre_crop(noise((20, 24), 0), 16, 1.0))
 
 
@@ -190,8 +203,6 @@ def test_only_bad_records_is_an_error(tmp_path, tok, cfg):
   source = sources.ArrayRecord(write(tmp_path / "x", [b"no record"] * 3))
   with pytest.raises(ValueError, match="3 records in a row from . cannot be used .*data.path"):
     take(source, tok, cfg, 1)
-  with pytest.raises(ValueError, match="none of the 3 records"):
-    common.read_rows(source, image_size=16, resize_ratio=1.0)
 
 
 def cut(path):
@@ -267,9 +278,3 @@ def test_long_captions_are_flagged_in_the_batch(tmp_path, tok, cfg):
   records = [record(i, caption=c, tags=[]) for i, c in captions.items()]
   (batch,) = take(sources.ArrayRecord(write(tmp_path / "x", records)), tok, cfg, 1)
   assert batch["truncated"].tolist() == [i % 3 == 0 for i in batch["index"].tolist()]
-
-
-def test_other_evaluation_records_in_another_process_are_refused(damaged, monkeypatch):
-  monkeypatch.setattr(common.distributed, "exchange", lambda mine: [mine, ("other", N)])
-  with pytest.raises(ValueError, match="not the same in every process"):
-    common.read_rows(damaged, 16, 1.0)

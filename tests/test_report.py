@@ -7,10 +7,25 @@ import numpy as np
 import pytest
 
 from jepa_vl.evals import report
+from jepa_vl.evals.report import __main__ as program
+from jepa_vl.evals.report import details
 
 NASTY = '<script>alert("🦙 & co")</script>'
-EMPTY = {"config": {}, "results": [], "notes": {}}
-EMPTY |= dict.fromkeys(("spectra", "retrieval", "patches"))
+EMPTY = {"config": {}, "results": [], "notes": {}, "drawn": []}
+EMPTY |= dict.fromkeys(("embeddings", "retrieval", "patches"))
+
+
+MAPS = np.random.default_rng(0).integers(3, size=(2, 9, 7)).astype(np.uint8)
+PICTURES = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3)).astype(np.uint8)
+DRAWN = [
+  {"kind": "table", "title": NASTY, "hint": NASTY, "columns": [NASTY, "b"],
+   "rows": [[NASTY, 0.5], ["x", float("nan")]]},
+  {"kind": "matrix", "title": "Confusion", "hint": "", "counts": np.eye(2), "names": [NASTY, "b"]},
+  {"kind": "overlay", "title": "Classes", "hint": "", "images": PICTURES, "truth": MAPS,
+   "prediction": np.where(MAPS == 0, 255, MAPS), "names": [NASTY, "seen", "other"]},
+  {"kind": "depth", "title": "Depth", "hint": "", "images": PICTURES, "truth": 1.0 * MAPS,
+   "prediction": MAPS + 0.5},
+]  # fmt: skip
 
 
 def row(evaluation, split, metric, value, **floors):
@@ -23,6 +38,11 @@ def row(evaluation, split, metric, value, **floors):
 def read(*args, **kwargs):
   with open(report.write(*args, **kwargs), encoding="utf-8") as f:
     return f.read()
+
+
+def patches_of(images, features):
+  attention = np.zeros(features.shape[:3])
+  return {"images": images, "blocks": {3: features, 6: -features}, "attention": attention}
 
 
 def log(workdir, steps):
@@ -57,10 +77,11 @@ def test_whole_page_is_self_contained_and_escaped(tmp_path, retrieval):
     tmp_path,
     config={"model": {"size": NASTY}, "seed": 0},
     results=[row("probe", NASTY, "cls/group", 0.5, majority=0.25)],
-    spectra={"image": np.array([2.0, 1.0, 0.0]), "<b>": np.zeros(3)},
+    embeddings={"image": rng.normal(size=(20, 3)), "<b>": np.zeros((20, 3))},
     retrieval=retrieval,
-    patches={"images": retrieval["images"], "features": rng.normal(size=(3, 2, 2, 5))},
+    patches=patches_of(retrieval["images"], rng.normal(size=(3, 2, 2, 5))),
     notes={"C": NASTY},
+    drawn=DRAWN,
   )
   assert "<script" not in page
   assert "&lt;script&gt;" in page
@@ -73,9 +94,10 @@ def test_whole_page_is_self_contained_and_escaped(tmp_path, retrieval):
     "Results",
     "Training",
     "Evaluations over training",
-    "Spectra",
+    "Embeddings",
     "Retrieval on C",
     "Patch features",
+    "In detail",
   ]
 
 
@@ -84,7 +106,7 @@ def test_without_logs_and_sections(tmp_path):
   assert "No evaluation has been run." in page
   assert "Too few logged steps" in page
   assert "Too few evaluations during training" in page
-  assert "<img" not in page and "Spectra" not in page
+  assert "<img" not in page and "Embeddings" not in page
 
 
 def test_one_step_has_figures_but_no_curves(tmp_path):
@@ -138,6 +160,74 @@ def test_nan_similarity_ranks_last():
 
 
 def test_patches_of_constant_features(tmp_path):
-  patches = {"images": np.zeros((2, 16, 16, 3), np.uint8), "features": np.ones((2, 2, 2, 2))}
+  patches = patches_of(np.zeros((2, 16, 16, 3), np.uint8), np.ones((2, 2, 2, 2)))
   page = read(tmp_path, **EMPTY | {"patches": patches})
-  assert page.count("<img") == 4
+  assert page.count("<img") == 2 * 4 and page.count(">block 3<") == 2
+
+
+def test_an_overlay_shows_void_as_the_image_and_classes_in_their_colour():
+  image = PICTURES[0][:1, :2]
+  mixed = details._mix(image, np.array([[255, 1]]), np.array([[128] * 3, [250, 0, 0]], np.uint8))
+  np.testing.assert_array_equal(mixed[0, 0], image[0, 0])
+  expected = 0.35 * image[0, 1].mean() + 0.65 * np.array([250, 0, 0])
+  np.testing.assert_allclose(mixed[0, 1], expected, atol=1)
+
+
+def test_errors_beat_a_floor_from_below():
+  assert report._beats_floors(row("depth", "test", "rmse", 0.5, untrained=0.9))
+  assert not report._beats_floors(row("depth", "test", "rmse", 0.9, untrained=0.5))
+  assert report._beats_floors(row("depth", "test", "delta1", 0.9, untrained=0.5))
+
+
+def a_run(root, name, objective, value):
+  (root / name).mkdir()
+  log(root / name, (1, 2, 3))
+  config = {"seed": 0, "objective": {"name": objective}}
+  (root / name / "config.json").write_text(json.dumps(config))
+  rows = [
+    row("depth", "test", "rmse", value, untrained=1.5) | {"low": value - 0.1, "high": value + 0.1},
+    row("zeroshot", "test", f"{'avg' if objective == 'levljepa' else 'embed'}/top1", 0.75),
+  ]
+  (root / name / "results.json").write_text(json.dumps({"rows": rows}))
+  return str(root / name)
+
+
+def test_runs_stand_side_by_side_each_in_its_own_reading(tmp_path):
+  nasty = "<script>alert(1) & co"
+  runs = [a_run(tmp_path, nasty, "levljepa", 0.5), a_run(tmp_path, "b", "clip", 1.0)]
+  out = tmp_path / "deep" / "page.html"
+  assert program.main([*runs, "--out", str(out)]) == 0
+  page = out.read_text(encoding="utf-8")
+  assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+  lines = re.findall(r"<tr>(.*?)</tr>", page)
+  cells = [re.findall(r"<td>(.*?)</td>", line) for line in lines]
+  assert ["objective.name", "levljepa", "clip"] in cells
+  assert not any(c and c[0] == "seed" for c in cells)  # equal in both
+  assert ["depth test rmse", "0.500 (0.400 – 0.600)", "1.000 (0.900 – 1.100)", "1.500"] in cells
+  assert ["zeroshot test top1", "0.750", "0.750", "–"] in cells
+  assert page.count("<figure>") >= 1
+  (tmp_path / "b" / report.PICTURES).write_text("<h2>Drawn of b</h2>")
+  assert program.main([*runs, "--out", str(out)]) == 0
+  assert "Pictures of b</summary><h2>Drawn of b</h2>" in out.read_text(encoding="utf-8")
+  assert program.main([runs[1], "--out", str(out)]) == 0
+  page = out.read_text(encoding="utf-8")
+  assert "configured differently" not in page and "<h2>Drawn of b</h2>" in page
+
+
+def test_embeddings_are_drawn_beside_the_normal_density(monkeypatch):
+  """Densities integrate to the share within the axis; those of normal embeddings are normal."""
+  drawn = {}
+  monkeypatch.setattr(report, "figure", lambda title, lines, *_, **__: drawn.update({title: lines}))
+  rng = np.random.default_rng(0)
+  report._embeddings({"normal": rng.normal(size=(4000, 16)), "wide": 9 * rng.normal(size=(50, 16))})
+  (_, x, normal, _), (_, _, wide, _), (_, _, ideal, _) = drawn["Along random directions"]
+  assert np.abs(normal - ideal).max() < 0.01 and wide.max() < 0.1
+  assert wide.sum() * (x[1] - x[0]) == pytest.approx(0.34, abs=0.05)  # P(|9 z| < 4)
+
+
+def test_what_is_no_run_is_said(tmp_path, capsys):
+  assert program.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 1
+  assert f"is no run's folder: looked for {tmp_path}/config.json" in capsys.readouterr().err
+  (tmp_path / "config.json").write_text("{")
+  assert program.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 1
+  assert "config.json is no JSON" in capsys.readouterr().err

@@ -84,7 +84,9 @@ def test_the_other_objectives_train_resume_and_are_evaluated(config, tmp_path, p
   ]
   assert losses[0] == losses[1] and len(losses[0]) == 4
   capsys.readouterr()
-  train.evaluate_checkpoint(config, str(tmp_path / "resumed" / "checkpoints" / "4"))
+  train.evaluate_checkpoint(
+    config, str(tmp_path / "resumed" / "checkpoints" / "4"), str(tmp_path / "eval")
+  )
   rank = float(re.search(r"rank val img +([\d.]+)", capsys.readouterr().out)[1])
   logged = metrics.read_jsonl(tmp_path / "straight" / "evals.jsonl")
   assert [r["step"] for r in logged] == [2, 4]
@@ -93,6 +95,28 @@ def test_the_other_objectives_train_resume_and_are_evaluated(config, tmp_path, p
   assert model.encode_image(np.zeros((20, 20, 3), np.uint8)).shape == (1, 16)
 
 
+@pytest.mark.slow
+def test_options_that_save_resume_exactly_across_the_change_of_size(config, tmp_path):
+  """All of them, begun again after the small images: the same losses, and a model that opens."""
+  config.update_from_flattened_dict({
+    "model.image_size": 32, "model.patch_dropout": 0.5, "data.low_res": (16, 2), "accumulate": 2,
+    "optim.name": "muon", "optim.mu_dtype": "bfloat16", "log_every": 1, "checkpoint_every": 2,
+    "steps": 4,
+  })  # fmt: skip
+  assert train.train(config, str(tmp_path / "straight")) == 0
+  shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+  shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+  assert train.train(config, str(tmp_path / "resumed")) == 0
+  losses = [
+    [(r["loss"], r["grad_norm"]) for r in metrics.read_jsonl(tmp_path / name / "metrics.jsonl")]
+    for name in ("straight", "resumed")
+  ]
+  assert losses[0] == losses[1] and len(losses[0]) == 4
+  model = encoder.load(str(tmp_path / "resumed"))
+  assert model.encode_image(np.zeros((20, 20, 3), np.uint8)).shape == (1, 16)
+
+
+@pytest.mark.slow
 def test_waiting_for_data_is_told(config, tmp_path, monkeypatch):
   """Batches that come late show as waiting, in the log and as a warning; prompt ones do not."""
   real, said = pipeline.batches, []
@@ -110,7 +134,8 @@ def test_waiting_for_data_is_told(config, tmp_path, monkeypatch):
     assert train.train(config, str(tmp_path / str(pause))) == 0
     logged = metrics.read_jsonl(tmp_path / str(pause) / "metrics.jsonl")
     waited[pause] = np.mean([r["data_wait"] for r in logged[5:]])  # beyond what was taken ahead
-  assert waited[0.0] < 0.4 < waited[1.5] <= 1
+  # On a busy machine prompt batches are late, too: by less than those that sleep.
+  assert waited[0.0] < waited[1.5] - 0.2 and 0.4 < waited[1.5] <= 1
   assert any("waiting for data" in text for text in said)
 
 

@@ -42,6 +42,23 @@ def apply(run, *batches, train=True):
   return outs if len(outs) > 1 else outs[0]
 
 
+def test_every_view_drops_patches_of_its_own(config, batch):
+  """Two views of the same pixels are told apart by what of them is seen, and by nothing else."""
+  views = {"global": np.repeat(batch["global"][:, :1], 2, axis=1)}
+  same = {}
+  for share in (0.0, 0.5):
+    config.model.patch_dropout = share
+    config.data.local_views = 0
+    run = build_lib.build(config)
+    variables = state_lib.init_variables(run.model, run.mesh, 0)
+    call = lambda key, model=run.model, variables=variables: model.apply(
+      variables, views, train=True, mutable="batch_stats", rngs={"dropout": key}
+    )[0]  # fmt: skip
+    a, b = jax.jit(call)(jax.random.key(0))["views"]
+    same[share] = np.isclose(a, b, atol=1e-5).all(axis=1).mean()
+  assert same[0.0] == 1 and same[0.5] < 0.5
+
+
 def test_a_row_brings_all_views_in_order(config, tok):
   run = build_lib.build(config)
   data = lambda: pipeline.batches(
@@ -92,16 +109,20 @@ def test_without_local_views_there_is_one_group(config, tok):
   assert "local" not in rows and rows["global"].shape[1] == 2
 
 
-@pytest.mark.parametrize("predict_from", two_tower.PREDICT_FROM)
+@pytest.mark.parametrize(
+  "predict_from",
+  [p if p == "views" else pytest.param(p, marks=pytest.mark.slow) for p in two_tower.PREDICT_FROM],
+)
 def test_views_are_the_tower_on_each_view(config, batch, predict_from):
   """In evaluation mode rows do not mix, so every view must be what it is alone."""
   config.model.predict_from = predict_from
   views = [batch["global"][:, i] for i in range(2)] + [batch["local"][:, i] for i in range(3)]
   batches = [batch, *({"image": view} for view in views)]
   out, *alone = apply(build_lib.build(config), *batches, train=False)
-  assert out["views"].shape == (5, 16, 16) and "cls" not in out
+  assert out["views"].shape == (5, 16, 16)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   close(out["views"], np.stack([a["z_img"] for a in alone]))
+  close(out["cls"], alone[0]["cls"])
   close(out["z_img"], (alone[0]["z_img"] + alone[1]["z_img"]) / 2)
   if predict_from == "views":
     close(out["p_img"], np.stack([a["p_img"] for a in alone]))

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 
 # Passes over the towers, forward and backward: full rematerialisation adds a forward one.
-_PASSES = {"none": 3, "dots": 3, "full": 4}
+_PASSES = {"none": 3, "dots": 3, "names": 3, "full": 4}
 
 
 def report(config, topology, workdir, name):
@@ -78,7 +78,8 @@ def measure(config, name):
     "topology": name, "devices": run.mesh.size, "device_kind": topology.chip.kind,
     "chips": run.mesh.size // topology.chip.per_chip, "slices_or_nodes": slices,
     "mesh": dict(run.mesh.shape), "batch_size": config.batch_size, "accumulate": config.accumulate,
-    "remat": run.model.remat, "scan": run.model.scan, "dtype": np.dtype(run.model.dtype).name,
+    "remat": run.model.remat, "scan": run.model.scan,
+    "attention": run.model.attention, "dtype": np.dtype(run.model.dtype).name,
     "objective": config.objective.name, "vocabulary": run.model.vocab_size,
     "vocabulary_assumed": run.tokenizer is None, "jax": jax.__version__,
     "flops_per_example": run.flops, "estimate": run.memory(),
@@ -126,6 +127,8 @@ def abstract_batch(run):
     shapes["packed_readout"] = ((B // g, g), jnp.int32)
   else:
     shapes |= {"text": ((B, L), jnp.int32), "mask": ((B, L), jnp.bool_)}
+  if run.probe:
+    shapes["label"] = ((B,), jnp.int32)
   rows = NamedSharding(run.mesh, P(sharding.BATCH))
   return {k: jax.ShapeDtypeStruct(*v, sharding=rows) for k, v in shapes.items()}
 
@@ -171,7 +174,7 @@ def roofline(program, run, topology, config):
   chip, n = topology.chip, run.mesh.size
   flops = run.flops * config.batch_size / n * _PASSES[run.model.remat] / 3
   hbm = program.hbm_bytes(on_chip=topology.is_tpu)
-  rows, link, network = _collectives(program, run, topology)
+  rows, link, network = collectives(program, run.mesh, topology)
   work = {
     "compute": (flops, chip.flops, "FLOP/s"), "memory": (hbm, chip.hbm_bandwidth, "B/s"),
     "links": (link, chip.link, "B/s"), "network": (network, chip.network, "B/s"),
@@ -182,7 +185,8 @@ def roofline(program, run, topology, config):
   }
   seconds = [t["seconds"] for t in terms.values() if t["seconds"] is not None]
   step, limit = max(seconds), max(terms, key=lambda k: terms[k]["seconds"] or 0)
-  days = config.steps * step / 86400
+  low = config.data.low_res[1] if config.data.low_res else 0
+  days = (config.steps - low + low * run.flops_at(0) / run.flops) * step / 86400
   return {
     "collectives": rows, "roofline": terms, "peaks_from": chip.source, "limited_by": limit,
     "unknown_peaks": [k for k, t in terms.items() if t["work"] and not t["peak"]],
@@ -194,10 +198,10 @@ def roofline(program, run, topology, config):
   }  # fmt: skip
 
 
-def _collectives(program, run, topology):
+def collectives(program, mesh, topology):
   """Rows by kind and group size; bytes that a device sends over links and over the network."""
   place = {d: domain for d, domain in zip(topology.devices, topology.domains, strict=True)}
-  domains = np.array([place[d] for d in run.mesh.devices.flat])
+  domains = np.array([place[d] for d in mesh.devices.flat])
   rows = collections.defaultdict(lambda: {"count": 0.0, "bytes": 0.0})
   link = network = 0.0
   for c in program.collectives():

@@ -21,6 +21,8 @@ _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
   "after-all", "opt-barrier", "partition-id", "replica-id", "async-start", "async-update",
 }  # fmt: skip
+# Custom calls that only name memory: a place for a loop's results, neighbours seen as one array.
+_NAMES = ("AllocateBuffer", "ConcatBitcast")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -118,22 +120,27 @@ class Program:
     return found
 
   def hbm_bytes(self, *, on_chip=False):
-    """Bytes that one device reads and writes in main memory.
+    """Bytes that one device reads and writes in main memory: the sum of `traffic`."""
+    return sum(size for _, size in self.traffic(on_chip=on_chip))
 
-    A fusion reads its operands and writes its results once; of an operand that it only slices the
-    slice counts, and an update in place counts what is updated. With `on_chip` (TPU) memory space
-    1 is the chip's own vector memory and is free.
+  def traffic(self, *, on_chip=False):
+    """Yields every Instruction that moves something, with the bytes it moves in all its runs.
+
+    A fusion or a kernel reads its operands and writes its results once; of an operand that a fusion
+    only slices the slice counts, and an update in place counts what is updated. With `on_chip`
+    (TPU) memory space 1 is the chip's own vector memory and is free.
     """
     size = lambda type: _bytes(type, without="S(1)" if on_chip else None)
-    total = 0.0
     for name, runs in self.runs.items():
       if name not in self._fused:
         ops = self.computations[name]
-        total += runs * sum(self._traffic(op, ops, size) for op in ops.values())
-    return total
+        for op in ops.values():
+          if moved := self._traffic(op, ops, size):
+            yield op, runs * moved
 
   def _traffic(self, op, ops, size):
-    if op.opcode in _FREE or op.opcode.endswith("-done") or "ConcatBitcast" in op.attributes:
+    named = op.opcode == "custom-call" and any(name in op.attributes for name in _NAMES)
+    if op.opcode in _FREE or op.opcode.endswith("-done") or named:
       return 0
     operands = [size(ops[o].type) for o in op.operands if o in ops]
     if op.opcode in _SLICES:

@@ -22,7 +22,7 @@ def report(run):
   # "lite" and "-" are other spellings of chips that are there already
   known = [chip for chip in chips.CHIPS if not {"lite", "-"} & set(re.split("( |-)", chip.kind))]
   peaks = [(chip.kind, chip.flops) for chip in known]
-  print(table(found, config.data.workers, run.flops, peaks))
+  print(table(found, config.data.workers, run.flops_at(0), peaks))
   return 0
 
 

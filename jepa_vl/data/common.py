@@ -201,6 +201,22 @@ def read_file(path):
     raise DamagedRecord(f"image file {path!r} cannot be read ({_reason(e)})", "unreadable") from e
 
 
+def image_folder(path, names, folders):
+  """The first of `folders` that has one of a sample of the images that the file at `path` names.
+
+  Raises FileNotFoundError that lists where they were looked for.
+  """
+  folders = [os.path.normpath(folder) for folder in folders]
+  some = names[:: max(len(names) // 8, 1)]
+  for folder in folders:
+    if any(os.path.isfile(os.path.join(folder, name)) for name in some):
+      return folder
+  raise FileNotFoundError(
+    f"{path}: none of its images is there; data.image_root names their folder. Looked for "
+    + ", ".join(os.path.join(folder, names[0]) for folder in folders)
+  )
+
+
 def _reason(error):
   return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -305,12 +321,23 @@ def identity(source, parts):
 
 
 def probe(source):
-  """Raises ValueError if not one record of a sample can be used: a key or a path is wrong."""
-  n = len(source)
+  """A record that can be used; raises ValueError if a sample has none: a key or a path is wrong."""
+  return next(sample(source))
+
+
+def sample(source):
+  """Yields those of up to 32 records, spread over the source, that can be used.
+
+  Raises ValueError if none can.
+  """
+  n, any_, reason = len(source), False, None
   for index in sorted({i * (n - 1) // 31 for i in range(32)}):
     try:
-      source[index]
-      return
+      record = source[index]
     except DamagedRecord as e:
       reason = e
-  raise ValueError(f"none of the records looked at can be used; the last: {reason}")
+    else:
+      any_ = True
+      yield record
+  if not any_:
+    raise ValueError(f"none of the records looked at can be used; the last: {reason}")

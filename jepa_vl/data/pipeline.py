@@ -7,8 +7,10 @@ streams of their own, keyed by (seed, epoch, example, view). Neither processes, 
 restart enter, so the data position of a run is its step number.
 """
 
+import concurrent.futures
 import functools
 import math
+import os
 
 import grain
 import numpy as np
@@ -19,7 +21,8 @@ from jepa_vl.data.transforms import DamagedRecord
 
 # The rest of a batch stays on the host.
 MODEL_KEYS = (
-  "image", "global", "local", "text", "mask", "packed_text", "packed_position", "packed_readout"
+  "image", "global", "local", "text", "mask", "packed_text", "packed_position", "packed_readout",
+  "label",
 )  # fmt: skip
 
 # So many unreadable records in a row mean that the data set is broken, not one record of it.
@@ -75,7 +78,8 @@ class Batches:
   `image` (B, S, S, 3) uint8, or `global` (B, Vg, S, S, 3) and `local` (B, Vl, S', S', 3); `text`
   (B, L) int32, `mask` (B, L) bool; host side: `index` (the example), `bad` (the first unreadable
   index that it replaces, or -1), `reason` (why, by its place in transforms.REASONS, or -1) and
-  `truncated`.
+  `truncated`. With `cfg.label`, the name of a field, also `label` (B,) int32, -1 where a record has
+  none.
   """
 
   def __init__(
@@ -98,18 +102,20 @@ class Batches:
 
   def __getitem__(self, k):
     first = (self._start + k) * self._batch_size
+    size = transforms.image_side(self._cfg, self._cfg.image_size, self._start + k)
     drawn = [self._order[first + row] for row in self._rows]
-    batch, captions, host = {}, [], []
+    batch, captions, labels, host = {}, [], [], []
     for start in range(0, len(drawn), _STAGED):
       stretch = drawn[start : start + _STAGED]
       records = [self._read(example) for _, example in stretch]
       for (epoch, example), record in zip(stretch, records, strict=True):
-        record, images, index, reason = self._row(epoch, example, record)
+        record, images, index, reason = self._row(epoch, example, record, size)
         for name, image in images.items():
           if name not in batch:
             batch[name] = np.empty((len(drawn), *image.shape), image.dtype)
           batch[name][len(captions)] = image
         captions.append(self._caption(epoch, index, record))
+        labels.append(self._label(index, record))
         code = transforms.REASONS.index(reason) if reason else -1
         host.append((index, example if reason else -1, code))
     self._board.enter(feed.TOKENISING, index)
@@ -119,6 +125,8 @@ class Batches:
     self._board.enter(feed.WAITING)
     index, bad, reason = np.array(host, np.int64).T
     batch |= {"text": text, "mask": mask, "index": index, "bad": bad}
+    if self._cfg.label:
+      batch["label"] = np.array(labels, np.int32)
     return batch | {"reason": reason.astype(np.int8), "truncated": truncated}
 
   def _read(self, example):
@@ -128,8 +136,8 @@ class Batches:
     except DamagedRecord:  # `read_from` will meet it again and take another
       return None
 
-  def _row(self, epoch, example, record):
-    use = functools.partial(self._images, epoch)
+  def _row(self, epoch, example, record, size):
+    use = functools.partial(self._images, epoch, size)
     try:
       if record is not None:
         return record, use(example, record), example, ""
@@ -142,13 +150,22 @@ class Batches:
     rng = self._stream(epoch, index, transforms.CAPTION, 0) if record.get("tags") else None
     return transforms.training_caption(record, rng, self._cfg.tag_prob)
 
+  def _label(self, index, record):
+    label = record.get(self._cfg.label, -1) if self._cfg.label else -1
+    if type(label) is not int or not -1 <= label < self._cfg.classes:
+      raise ValueError(
+        f"{self._source.where(index)}: {self._cfg.label!r} must be a class counted from 0 and "
+        f"below probe.classes={self._cfg.classes}, or -1 for none, got {label!r}"
+      )
+    return label
+
   def _stream(self, *key):
     return np.random.default_rng((self._seed, *key))
 
-  def _images(self, epoch, index, record):
+  def _images(self, epoch, size, index, record):
     self._board.enter(feed.DECODING, index)
     streams = functools.partial(self._stream, epoch, index)
-    return self._augment(record["image"], streams, self._cfg.image_size, self._cfg)
+    return self._augment(record["image"], streams, size, self._cfg)
 
 
 def read_from(source, index, use, board=feed.NO_BOARD):
@@ -196,8 +213,9 @@ def batches(
 
   parts: which of `count` equal parts of a batch's rows are this process's
     (`sharding.row_parts`); the rows come in that order.
-  cfg: the config's `data` sub-tree with `image_size`, `text_length`, `readout` and `accumulate`
-    added. With `text_packing` the batch's captions come as `packing.pack` lays them.
+  cfg: the config's `data` sub-tree with `image_size`, `text_length`, `readout`, `accumulate`,
+    `label` and `classes` added. With `text_packing` the batch's captions come as `packing.pack`
+    lays them.
   board: the feed.Board on which the processes say what they are at.
 
   Raises:
@@ -228,16 +246,30 @@ def evaluation_rows(source, indices, *, image_size, resize_ratio):
   """The readable records at `indices`, in order, and the indices left out.
 
   Returns:
-    records without their `image` bytes (list of dict), images (list of (S, S, 3) uint8), left_out.
+    records without fields of bytes (list of dict), images (list of (S, S, 3) uint8), left_out.
   """
-  records, images, left_out = [], [], []
-  for index in indices:
+  def prepare(item):
+    index, record = item
     try:
-      record = source[index]
-      image = transforms.decode(record["image"])
+      image = transforms.decode(record["image"]) if record else None
     except DamagedRecord:
-      left_out.append(index)
-      continue
-    images.append(transforms.centre_crop(image, image_size, resize_ratio))
-    records.append({k: v for k, v in record.items() if k != "image"})
+      image = None
+    if image is None:
+      return index, None, None
+    kept = {k: v for k, v in record.items() if not isinstance(v, bytes)}
+    return index, kept, transforms.centre_crop(image, image_size, resize_ratio)
+
+  # Sources are read by one thread, as they expect; decoding is most of the work.
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    rows = list(pool.map(prepare, ((i, _read_or_none(source, i)) for i in indices)))
+  records = [record for _, record, _ in rows if record is not None]
+  images = [image for _, _, image in rows if image is not None]
+  left_out = [index for index, record, _ in rows if record is None]
   return records, images, left_out
+
+
+def _read_or_none(source, index):
+  try:
+    return source[index]
+  except DamagedRecord:
+    return None

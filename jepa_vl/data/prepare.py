@@ -245,7 +245,7 @@ def main(argv=None):
   """Command line; returns the exit code."""
   parser = _parser()
   a = parser.parse_args(argv)
-  if not a.path and a.source != "emoji":
+  if not a.path and a.source in sources.EXAMPLES:
     parser.error("--path is needed: the files of --source, as in data.path")
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   try:

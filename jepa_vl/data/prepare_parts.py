@@ -128,7 +128,7 @@ def prepare_record(source, index, options):
 
 
 def _prepare_record(record, options):
-  caption, cut = clean_caption(common.check_caption(record["caption"]))
+  caption, cut = clean_caption(common.check_caption(record.get("caption")))
   image, aspect = prepare_image(record["image"], options)
   try:
     data = msgpack.packb(record | {"image": image, "caption": caption})

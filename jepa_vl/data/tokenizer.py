@@ -6,9 +6,11 @@ import os
 
 import numpy as np
 
-from jepa_vl.data import embedded
+from jepa_vl.data import embedded, shapes
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's one special token
+# Those that ship, by name.
+EMBEDDED = {"emoji": embedded.DIRECTORY / "tokenizer.model", "shapes": shapes.TOKENIZER}
 # What a folder may hold, the first that is complete is taken; the third are OpenAI's own names.
 LAYOUTS = (
   ("tokenizer.json",),
@@ -105,7 +107,7 @@ class GPT2BPE:
 
 
 def load(spec):
-  """The tokenizer `text.tokenizer`: "emoji" (embedded), a file or a folder.
+  """The tokenizer `text.tokenizer`: a name of EMBEDDED, a file or a folder.
 
   A file is a SentencePiece .model or a tokenizer.json; a folder holds one of LAYOUTS.
 
@@ -113,7 +115,7 @@ def load(spec):
     FileNotFoundError: no such file, or a folder without one of LAYOUTS.
     ValueError: the files are no tokenizer, do not belong together or have no EOT.
   """
-  path = embedded.DIRECTORY / "tokenizer.model" if spec == "emoji" else os.path.expanduser(spec)
+  path = EMBEDDED.get(spec) or os.path.expanduser(spec)
   where = f"text.tokenizer={spec!r}"
   if os.path.isdir(path):
     names = _layout(where, path)
@@ -123,7 +125,7 @@ def load(spec):
     paths = [path]
   else:
     raise FileNotFoundError(
-      f"{where} is no file and no folder; expected 'emoji' (the embedded one), a SentencePiece "
+      f"{where} is no file and no folder; expected 'emoji' or 'shapes' (embedded), a SentencePiece "
       ".model, a tokenizer.json, or a folder with GPT-2's vocab.json and merges.txt"
     )
   contents = []

@@ -341,6 +341,12 @@ def view_sides(cfg, size):
   return (size,) * cfg.global_views + (cfg.local_size,) * cfg.local_views
 
 
+def image_side(cfg, size, step):
+  """The side of a single training image in that step: `cfg.low_res`'s in the first, then `size`."""
+  side, steps = cfg.low_res or (size, 0)
+  return side if step < steps else size
+
+
 def training_caption(record, rng, tag_prob):
   """The caption or, with probability `tag_prob`, the caption and a random subset of the tags.
 

@@ -1,43 +1,88 @@
-"""Evaluations by name: run(encode, variables, mesh, **cfg) -> {key: float}.
+"""Evaluations by name: run(encode, variables, mesh, **cfg) -> common.result(...).
 
-`config.evals` maps a name of EVALS to the keyword arguments of its `run`. Every evaluation has
+`config.evals` maps names to the keyword arguments of an evaluation's `run`. A name is one of EVALS,
+or any other with `evaluation` naming it, so that one evaluation can run on several sets; `when` is
+"always" (the default: on the schedule and at the end) or "end". Every evaluation has
 `source` (a name of jepa_vl.data.sources.SOURCES), `path` and `splits`, a tuple of names; in the
 path "{split}" stands for the name. Records are read as `data.image_key`, `caption_key`,
-`image_root` and `index_dir` say, as in training. Keys that end in `_split` name further splits, and
-`label` is the field of the records that holds a class, counted from 0. Of what `run` returns, a key
-may come with floors: the same key followed by "@random", "@majority" or "@raw_pixels".
+`image_root` and `index_dir` say, as in training. Keys that end in `_split` name further splits (of
+a path and source of their own, where the same key with `_path` or `_source` is not ""), "" for
+none, and `label` is the field of the records that holds a class, counted from 0. Of a result's
+figures, a key may come with floors and the ends of a 95% interval: the same key followed by
+"@random", "@low" and so on (common.FLOORS, common.INTERVAL).
 """
 
 import inspect
+import json
 import math
+import os
 
 import numpy as np
 
-from jepa_vl import metrics
 from jepa_vl.data import embedded
-from jepa_vl.evals import common, probes, rank, retrieval, zeroshot
+from jepa_vl.evals import (
+  clusters,
+  common,
+  compositional,
+  depth,
+  head_probe,
+  knn,
+  probes,
+  rank,
+  retrieval,
+  robustness,
+  segmentation,
+  vlm,
+  zeroshot,
+)
 
 EVALS = {
   "retrieval": retrieval.run,
   "zeroshot": zeroshot.run,
   "probe": probes.run,
+  "head_probe": head_probe.run,
+  "knn": knn.run,
   "rank": rank.run,
+  "compositional": compositional.run,
+  "robustness": robustness.run,
+  "segmentation": segmentation.run,
+  "clusters": clusters.run,
+  "depth": depth.run,
+  "vlm": vlm.run,
 }
+
+
+WHEN = ("always", "end")
+
+
+def _of(name, keys):
+  """The evaluation's function and its keyword arguments."""
+  keys = dict(keys)
+  evaluation = keys.pop("evaluation", name)
+  when = keys.pop("when", "always")
+  if evaluation not in EVALS:
+    known = ", ".join(EVALS)
+    raise ValueError(
+      f"evals.{name}: no such evaluation; known are {known}; a name of your own needs "
+      f"evals.{name}.evaluation, one of these"
+    )
+  if when not in WHEN:
+    raise ValueError(f"evals.{name}.when must be one of {', '.join(WHEN)}, got {when!r}")
+  return EVALS[evaluation], keys
 
 
 def check(cfg):
   """Raises ValueError if the config's `evals` sub-tree names what no evaluation takes."""
   for name in cfg:
-    if name not in EVALS:
-      raise ValueError(f"evals.{name}: no such evaluation; known are {', '.join(EVALS)}")
+    run, keys = _of(name, cfg[name])
     try:
-      inspect.signature(EVALS[name]).bind(None, None, None, **cfg[name])
+      inspect.signature(run).bind(None, None, None, **keys)
     except TypeError as e:
       raise ValueError(f"evals.{name}: {e}; see jepa_vl/evals for its keys") from e
 
 
 def prepare(encode, cfg):
-  """Reads all splits that the config names, so that what is amiss is said at the start.
+  """Opens all splits and reads small ones, so that what is amiss is said at the start.
 
   Raises:
     ValueError: a split cannot be read, is the same as another of its evaluation, or has a record
@@ -46,10 +91,16 @@ def prepare(encode, cfg):
   for name, keys in cfg.items():
     if isinstance(keys.splits, str):
       raise ValueError(f"evals.{name}.splits must be a tuple of names, got {keys.splits!r}")
+    try:
+      classes = _count_classes(keys)
+    except (ValueError, OSError) as e:
+      raise ValueError(f"evals.{name}: {e}") from e
     seen = {}
-    for split in (*keys.splits, *(keys[k] for k in keys if k.endswith("_split"))):
+    for source, path, split in _places(keys):
       try:
-        data = encode.split(keys.source, keys.path, split)
+        data = encode.source(source, path, split)
+        if encode.is_small(data):
+          encode.split(source, path, split)
       except (ValueError, OSError) as e:
         raise ValueError(f"evals.{name}, split {split!r}: {e}") from e
       first = seen.setdefault(data.identity, split)
@@ -58,12 +109,29 @@ def prepare(encode, cfg):
           f"evals.{name}: the splits {first!r} and {split!r} are the same records; where a path "
           'holds several splits, write "{split}" in it in place of their names'
         )
-      if "label" in keys:
-        _check_labels(name, keys, split, data.records)
+      if "label" in keys and encode.is_small(data):
+        records = encode.split(source, path, split).records
+        _check_labels(name, keys, split, records, classes)
 
 
-def _check_labels(name, keys, split, records):
-  classes = len(keys.get("classes", ())) or math.inf  # a probe takes as many as there are
+def _places(keys):
+  """(source, path, split) of all splits that an evaluation reads."""
+  for split in keys.splits:
+    yield keys.source, keys.path, split
+  for key in keys:
+    if key.endswith("_split") and keys[key]:
+      own = lambda what, key=key: keys.get(key.removesuffix("split") + what) or keys[what]
+      yield own("source"), own("path"), keys[key]
+
+
+def _count_classes(keys):
+  """How many classes are named; infinite where they are as many as there are."""
+  if keys.get("templates"):
+    zeroshot.load_templates(keys.templates)
+  return len(zeroshot.load_names(keys.get("classes") or ())) or math.inf
+
+
+def _check_labels(name, keys, split, records, classes):
   below = f" and below {classes}" if classes < math.inf else ""
   for record in records:
     label = record.get(keys.label)
@@ -74,63 +142,96 @@ def _check_labels(name, keys, split, records):
       )
 
 
-def run_all(encode, variables, mesh, cfg):
-  """Runs the evaluations of `config.evals` -> {name: metrics}."""
-  return {name: EVALS[name](encode, variables, mesh, **cfg[name]) for name in cfg}
+def run_all(encode, variables, mesh, cfg, at_end=True):
+  """The evaluations of `config.evals` -> {name: common.result}; those for the end only then."""
+  results = {}
+  for name in cfg:
+    if at_end or cfg[name].get("when", "always") == "always":
+      run, keys = _of(name, cfg[name])
+      results[name] = run(encode, variables, mesh, **keys)
+  return results
+
+
+def figures(results):
+  """{name: {key: float}} of what run_all returns."""
+  return {name: result["figures"] for name, result in results.items()}
 
 
 def table(trained, untrained):
   """Rows that hold each figure beside its floors, from two results of `run_all`.
 
-  Returns dicts with evaluation, split, metric, value, untrained, random, majority, raw_pixels;
-  a floor that an evaluation does not have is None.
+  Returns dicts with evaluation, split, metric, value, low, high (of its 95% interval), untrained,
+  and common.FLOORS; what an evaluation does not have is None.
   """
   rows = []
-  for name, figures in trained.items():
-    for key, value in figures.items():
-      if common.is_floor(key):
+  for name, values in figures(trained).items():
+    for key, value in values.items():
+      if common.is_beside(key):
         continue
       split, metric = key.split("/", 1)
       row = {"evaluation": name, "split": split, "metric": metric, "value": value}
-      row["untrained"] = untrained[name][key]
-      row |= {floor: figures.get(f"{key}@{floor}") for floor in common.FLOORS}
+      row["untrained"] = untrained[name]["figures"].get(key)
+      row |= {what: values.get(f"{key}@{what}") for what in common.INTERVAL + common.FLOORS}
       rows.append(row)
   return rows
 
 
 def format_table(rows):
-  """The headline rows as text: figure, then its floors."""
-  columns = ("value", "untrained", *common.FLOORS)
-  lines = ["", f"{'':44s}" + "".join(f"{c.replace('_', ' '):>12s}" for c in columns)]
+  """The headline rows as text: figure, its 95% interval, the untrained network's, its floors."""
+  lines = ["", f"{'':48s}{'value':>8s}{'95% interval':>17s}{'untrained':>11s}   floors"]
   reading = common.headline_reading(row["metric"] for row in rows)
+  number = lambda v: "-" if v is None else f"{v:.3f}"
   for row in rows:
     if not common.is_headline(row["metric"], reading):
       continue
-    cells = "".join(f"{'-' if row[c] is None else format(row[c], '.3f'):>12s}" for c in columns)
-    lines.append(f"{row['evaluation'] + ' ' + row['split'] + ' ' + row['metric']:44s}{cells}")
+    low, high = row.get("low"), row.get("high")
+    interval = "-" if low is None else f"{low:.3f} - {high:.3f}"
+    floors = ", ".join(
+      f"{floor.replace('_', ' ')} {row[floor]:.3f}"
+      for floor in common.FLOORS
+      if row.get(floor) is not None
+    )
+    name = f"{row['evaluation']} {row['split']} {row['metric']}"
+    lines.append(
+      f"{name:48s}{number(row['value']):>8s}{interval:>17s}{number(row['untrained']):>11s}"
+      f"   {floors or '-'}"
+    )
   return "\n".join(lines)
+
+
+def write(folder, results, rows, *, step, seed, config):
+  """results.json: the table, and of each evaluation its keys, protocol, sizes and seeds."""
+  about = {
+    name: {"keys": config["evals"][name], **{k: result[k] for k in ("protocol", "sizes")}}
+    for name, result in results.items()
+  }
+  with open(os.path.join(folder, "results.json"), "w") as f:
+    json.dump({"step": step, "seed": seed, "evaluations": about, "rows": rows}, f, indent=1)
 
 
 def pictures(encode, variables, cfg):
   """What the report draws, from the last split of the `retrieval` evaluation: see report.write."""
+  # The report's own; what an evaluation draws comes with its result.
   if "retrieval" not in cfg:
-    return {"spectra": None, "retrieval": None, "patches": None, "notes": {}}
+    return {"embeddings": None, "retrieval": None, "patches": None, "notes": {}}
   source, path, split = cfg.retrieval.source, cfg.retrieval.path, cfg.retrieval.splits[-1]
   data = encode.split(source, path, split)
   features = encode.features(variables, source, path, split)
-  images = data.images[:: max(len(data.images) // 12, 1)][:12]
+  images = data.images(np.arange(0, len(data), max(len(data) // 12, 1))[:12])
+  blocks, attention = encode.depths(variables, images)
+  shown = np.arange(min(len(data), 2000))  # a page holds few queries, and memory few similarities
   return {
-    "spectra": {
-      "image": np.asarray(metrics.singular_values(features["z_img"])),
-      "text": np.asarray(metrics.singular_values(features["z_txt"])),
-    },
-    "retrieval": {
+    "embeddings": {"image": features["z_img"], "text": features["z_txt"]},
+    "retrieval": {  # fmt: skip
       "split": split,
-      "images": data.images,
+      "images": data.images(shown),
       "captions": data.captions,
-      "similarity": common.similarity(features, features, encode.readings[-1]),
-      "relevant": data.relevant,
+      "similarity": common.similarity(
+        {k: v[shown] for k, v in features.items() if k in ("z_img", "p_img")},
+        features, encode.readings[-1],
+      ),
+      "relevant": data.relevant[shown].toarray(),
     },
     "notes": {s: embedded.SPLITS[s] for s in cfg.retrieval.splits if source == "emoji"},
-    "patches": {"images": images, "features": encode.patches(variables, images)},
+    "patches": {"images": images, "blocks": blocks, "attention": attention},
   }

@@ -1,9 +1,6 @@
-"""What evaluations share: encoding a split, readings of similarity, ranks, and chance levels."""
+"""What evaluations share: readings of similarity, ranks, intervals, chance levels, the result."""
 
-import dataclasses
-import logging
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,179 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jepa_vl import distributed, sharding
-from jepa_vl.data import pipeline, sources, transforms
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Split:
-  """One evaluation split, decoded: labels, images and one caption per concept.
-
-  identity: the source's; records: N dicts; images (N, S, S, 3) uint8; captions: C strings;
-  relevant (N, C) bool, True where a caption describes an image; left_out: indices of undecodable
-  records.
-  """
-
-  identity: str
-  records: list
-  images: np.ndarray
-  captions: list
-  relevant: np.ndarray
-  left_out: list
-
-
-@dataclasses.dataclass
-class Encode:
-  """encode(variables, batch) -> out, with what evaluations need around it.
-
-  apply: jitted (variables, batch) -> out; tokenize: captions -> (ids, mask, truncated); readings:
-  the names of READINGS that differ for this model, the one to look at last; keys: how records are
-  read, as in training.
-  Decoded splits are kept, and so are the features of the last variables seen.
-  """
-
-  apply: Callable
-  tokenize: Callable
-  mesh: Any
-  image_size: int
-  resize_ratio: float
-  batch_size: int
-  readings: tuple
-  keys: Any
-  _kept: dict = dataclasses.field(default_factory=dict)
-  _features: dict = dataclasses.field(default_factory=dict)
-  _of: Any = None
-
-  def __call__(self, variables, batch):
-    return self.apply(variables, batch)
-
-  def once(self, key, compute):
-    """compute(), kept under `key`: for what does not change while the encoder trains."""
-    if key not in self._kept:
-      self._kept[key] = compute()
-    return self._kept[key]
-
-  def split(self, source, path, split):
-    """The decoded split, read once."""
-    key = (source, path, split)
-    return self.once(key, lambda: _read_split(self, sources.open_source(*key, self.keys), split))
-
-  def features(self, variables, source, path, split):
-    """z_img, p_img, cls, pooled of the split's images (N, .) and z_txt, p_txt of its captions."""
-    if self._of is not variables:
-      self._features, self._of = {}, variables
-    key = (source, path, split)
-    if key not in self._features:
-      data = self.split(*key)
-      self._features[key] = self.images(variables, data.images) | self.texts(
-        variables, data.captions
-      )
-    return self._features[key]
-
-  def images(self, variables, images):
-    """uint8 (N, S, S, 3) -> dict of z_img, p_img, cls, pooled (mean of the patch tokens)."""
-    return self._map(variables, {"image": images}, _image_features)
-
-  def texts(self, variables, captions):
-    """N strings -> dict of z_txt, p_txt (N, D)."""
-    ids, mask, _ = self.tokenize(captions)
-    return self._map(variables, {"text": ids, "mask": mask}, _text_features)
-
-  def patches(self, variables, images):
-    """uint8 (N, S, S, 3) -> patch tokens on their grid, (N, h, w, W) float32."""
-    tokens = self._map(variables, {"image": images}, lambda out: {"patches": out["patches"]})
-    tokens = tokens["patches"].astype(np.float32)
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.reshape(len(images), side, side, -1)
-
-  def _map(self, variables, rows, keep):
-    # Every process passes all rows and gets all results; the devices share the work.
-    count, B = len(next(iter(rows.values()))), self.batch_size
-    parts = []
-    for start in range(0, count, B):
-      batch = {k: self._put(_pad(v[start : start + B], B)) for k, v in rows.items()}
-      with jax.set_mesh(self.mesh):
-        parts.append(keep(self.apply(variables, batch)))
-    parts = multihost_utils.process_allgather(parts, tiled=True)
-    return {k: np.concatenate([p[k] for p in parts])[:count] for k in parts[0]}
-
-  def _put(self, x):
-    split = NamedSharding(self.mesh, P(sharding.BATCH))
-    return jax.make_array_from_callback(x.shape, split, lambda rows: x[rows])
-
-
-def _image_features(out):
-  pooled = jnp.mean(out["patches"].astype(jnp.float32), axis=1)
-  cls = out["cls"].astype(jnp.float32)
-  return {"z_img": out["z_img"], "p_img": out["p_img"], "cls": cls, "pooled": pooled}
-
-
-def _text_features(out):
-  return {"z_txt": out["z_txt"], "p_txt": out["p_txt"]}
-
-
-def _pad(x, rows):
-  return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)]) if len(x) < rows else x
-
-
-def _read_split(encode, source, split):
-  records, images, left_out = read_rows(source, encode.image_size, encode.resize_ratio)
-  # Without a concept, records of one caption share it: equal texts cannot be told apart.
-  names = [record.get("concept", transforms.full_caption(record)) for record in records]
-  concepts = {}
-  for name, record in zip(names, records, strict=True):
-    concepts.setdefault(name, transforms.full_caption(record))
-  columns = {concept: c for c, concept in enumerate(concepts)}
-  relevant = np.zeros((len(records), len(concepts)), bool)
-  # Pixel-identical images are one image with several captions: any of them is a hit.
-  same = {}
-  for i, image in enumerate(images):
-    same.setdefault(image.tobytes(), []).append(i)
-  for members in same.values():
-    relevant[np.ix_(members, [columns[names[i]] for i in members])] = True
-  captions = list(concepts.values())
-  log.info(
-    "evaluation split %s: %d images, %d captions (%d longer than text.length and cut), %d "
-    "records left out as unreadable%s",
-    split, len(images), len(captions), encode.tokenize(captions)[2].sum(), len(left_out),
-    f": {left_out[:10]}" if left_out else "",
-  )  # fmt: skip
-  return Split(source.identity, records, images, captions, relevant, left_out)
-
-
-def read_rows(source, image_size, resize_ratio):
-  """All readable records in order; every process decodes its share and gets all.
-
-  Returns:
-    records without their `image` bytes (list of dict), images (N, S, S, 3) uint8, the indices that
-    were left out.
-
-  Raises:
-    ValueError: none can be read.
-  """
-  processes, count = jax.process_count(), len(source)
-  if len(set(distributed.exchange((source.identity, count)))) > 1:
-    raise ValueError("an evaluation's records are not the same in every process; give all one copy")
-  stretch = -(-_AT_ONCE // processes)
-  records, images, left_out = [], [], []
-  for start in range(0, count, stretch * processes):
-    first = start + stretch * jax.process_index()
-    indices = range(min(first, count), min(first + stretch, count))
-    mine = pipeline.evaluation_rows(
-      source, indices, image_size=image_size, resize_ratio=resize_ratio
-    )
-    for part in distributed.exchange(mine):
-      for every, some in zip((records, images, left_out), part, strict=True):
-        every.extend(some)
-  if not images:
-    raise ValueError(f"none of the {count} records of the evaluation data can be read")
-  return records, np.stack(images), left_out
-
-
-_AT_ONCE = 1024  # rows that the processes exchange in one go
-
+from jepa_vl import sharding
 
 # reading -> pairs of (image side, text side) whose cosines are averaged
 READINGS = {
@@ -195,14 +20,41 @@ READINGS = {
   "avg": (("p_img", "z_txt"), ("z_img", "p_txt")),
 }
 
+# Floors that an evaluation may give beside a figure, as the figure's key and "@" and the name:
+# guessing; always the commonest class; the same on pixels; one answer for all inputs (all
+# background, the mean depth map); a threshold on colour; a text model without word order; the same
+# on zeroed features.
+FLOORS = ("random", "majority", "raw_pixels", "constant", "colour", "bag_of_words", "no_vision")
+# The ends of a figure's 95% interval, in the same way.
+INTERVAL = ("low", "high")
 
-# Floors that an evaluation may give beside a figure, as the figure's key and "@" and the name.
-FLOORS = ("random", "majority", "raw_pixels")
+
+def is_beside(key):
+  """Whether a figure stands beside another: its floor, or an end of its interval."""
+  return key.rpartition("@")[2] in FLOORS + INTERVAL
 
 
-def is_floor(key):
-  """Whether a figure is the floor of another."""
-  return key.rpartition("@")[2] in FLOORS
+def result(figures, *, protocol, sizes, details=()):
+  """What an evaluation's `run` returns.
+
+  Args:
+    figures: {"SPLIT/...": float}, with "KEY@low", "KEY@high" and "KEY@FLOOR" beside a KEY.
+    protocol: sentences that say what was fitted on what, chosen where, and which score it is.
+    sizes: {split: {what: number}}, and the seeds.
+    details: dicts that the report draws: `kind`, `title`, `hint` and what evals/report says of the
+      kind.
+  """
+  return {
+    "figures": {k: float(v) for k, v in figures.items()},
+    "protocol": " ".join(protocol.split()),
+    "sizes": sizes,
+    "details": list(details),
+  }
+
+
+def lower_is_better(metric):
+  """Whether a metric counts what is wrong, as errors and drops do."""
+  return metric.rpartition("/")[2] in ("rmse", "abs_rel", "drop_points")
 
 
 def headline_reading(metrics):
@@ -215,10 +67,26 @@ def is_headline(metric, reading):
   return all(part == reading for part in metric.split("/") if part in READINGS)
 
 
+def labels(split, field):
+  """The classes of a split's records, (N,) int. Raises ValueError for one without."""
+  found = [record.get(field) for record in split.records]
+  bad = [i for i, y in enumerate(found) if type(y) is not int or y < 0]
+  if bad:
+    raise ValueError(
+      f"{split.source.where(int(split.indices[bad[0]]))}: {field!r} must be a class counted from "
+      f"0, got {found[bad[0]]!r}; its fields are {', '.join(split.records[bad[0]])}"
+    )
+  return np.array(found)
+
+
 def similarity(images, texts, reading):
   """Mean cosine of a reading's pairs. dicts of (N, D) and (C, D) arrays -> (N, C)."""
   pairs = READINGS[reading]
-  return sum(unit(images[a]) @ unit(texts[b]).T for a, b in pairs) / len(pairs)
+  # In float64, and then rounded: a BLAS may sum the products of equal rows in different orders, and
+  # what is equal (collapsed embeddings) must tie to the last bit.
+  double = lambda x: unit(np.asarray(x, np.float64))
+  total = sum(double(images[a]) @ double(texts[b]).T for a, b in pairs)
+  return (total / len(pairs)).astype(np.float32)
 
 
 def unit(x):
@@ -236,14 +104,134 @@ def first_hit(scores, relevant):
   return np.sum((scores >= best) & ~relevant, axis=1)
 
 
+QUERIES, CANDIDATES = 1024, 8192  # of one block of similarities
+
+
+def first_hits(queries, candidates, relevant, mesh):
+  """`first_hit` of every query, in blocks: a million queries and candidates fit into memory.
+
+  Args:
+    queries, candidates: lists of (Q, D) and (C, D) arrays, whose pairs' mean cosine is the score.
+    relevant: sparse (Q, C) bool.
+
+  Returns:
+    (Q,) int.
+  """
+  Q, C = relevant.shape
+  shards = sharding.batch_shards(mesh)
+  rows = -(-min(QUERIES, Q) // shards) * shards
+  columns = min(CANDIDATES, C)
+  queries, candidates = [
+    [unit(x).astype(np.float32) for x in side] for side in (queries, candidates)
+  ]
+  relevant = relevant.tocsr()
+  split, whole = NamedSharding(mesh, P(sharding.BATCH)), NamedSharding(mesh, P())
+  put = lambda x, how: jax.make_array_from_callback(x.shape, how, lambda index: x[index])
+  blocks = [
+    ([put(_pad_rows(c[i : i + columns], columns), whole) for c in candidates], i)
+    for i in range(0, C, columns)
+  ]
+  counts = []
+  for start in range(0, Q, rows):
+    some = [put(_pad_rows(q[start : start + rows], rows), split) for q in queries]
+    right = put(_pad_rows(right_columns(relevant[start : start + rows]), rows, -1), split)
+    best = put(np.full(rows, -np.inf, np.float32), split)
+    count = put(np.zeros(rows, np.int32), split)
+    # A candidate's score must be the same number both times, so both take whole blocks.
+    for block, first in blocks:
+      if relevant[start : start + rows, first : first + columns].nnz:
+        best = _best(some, block, right, np.int32(first), best)
+    for block, first in blocks:
+      count = _count(some, block, right, np.int32(first), best, np.int32(C), count)
+    counts.append(count)
+  return np.concatenate(multihost_utils.process_allgather(counts, tiled=True))[:Q]
+
+
+def right_columns(relevant):
+  """Sparse (Q, C) -> (Q, R) int32: each row's columns, filled up with -1."""
+  lengths = np.diff(relevant.indptr)
+  # Few widths, so that few are compiled.
+  width = 1 << int(max(lengths.max(initial=1), 1) - 1).bit_length()
+  found = np.full((relevant.shape[0], width), -1, np.int32)
+  found[np.arange(width) < lengths[:, None]] = relevant.indices
+  return found
+
+
+def _pad_rows(x, rows, value=0):
+  return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value)
+
+
+def _scores(queries, candidates, right, first):
+  """(q, c) scores of a block and which are right; NaN ranks a right one last, a wrong one first."""
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  scores = sum(product(q, c.T) for q, c in zip(queries, candidates, strict=True)) / len(queries)
+  columns = jnp.where(right < first, scores.shape[1], right - first)  # elsewhere: dropped
+  hit = jnp.zeros(scores.shape, bool)
+  hit = hit.at[jnp.arange(len(right))[:, None], columns].set(True, mode="drop")
+  return jnp.where(jnp.isnan(scores), jnp.where(hit, -jnp.inf, jnp.inf), scores), hit
+
+
+@jax.jit
+def _best(queries, candidates, right, first, best):
+  scores, hit = _scores(queries, candidates, right, first)
+  return jnp.maximum(best, jnp.max(jnp.where(hit, scores, -jnp.inf), axis=1))
+
+
+@jax.jit
+def _count(queries, candidates, right, first, best, end, count):
+  scores, hit = _scores(queries, candidates, right, first)
+  real = first + jnp.arange(scores.shape[1]) < end
+  return count + jnp.sum((scores >= best[:, None]) & ~hit & real, axis=1, dtype=jnp.int32)
+
+
+def means(columns, seed=0):
+  """{key: (N,) values of one set of rows} -> means and their intervals: key, key@low, key@high."""
+  values = np.stack([np.asarray(v, np.float64) for v in columns.values()], axis=1)
+  count = len(values)
+  low, high = bootstrap([values], lambda total: total / count, seed)
+  figures = {}
+  for i, key in enumerate(columns):
+    figures |= {key: values[:, i].mean(), f"{key}@low": low[i], f"{key}@high": high[i]}
+  return figures
+
+
+def bootstrap(columns, statistic, seed=0, draws=1000):
+  """The 95% percentile interval of a statistic of sums over rows (images), resampled.
+
+  Args:
+    columns: list of (N, ...) arrays; statistic: their sums over a resample's N rows -> an array.
+
+  Returns:
+    low, high: arrays of the statistic's shape.
+  """
+  rng, count = np.random.default_rng(seed), len(columns[0])
+  flat = [np.asarray(c, np.float64).reshape(count, -1) for c in columns]
+  found = []
+  at_once = int(np.clip(20_000_000 // max(count, 1), 1, draws))
+  for start in range(0, draws, at_once):
+    some = min(at_once, draws - start)
+    picked = rng.integers(count, size=(some, count)) + count * np.arange(some)[:, None]
+    weights = np.bincount(picked.ravel(), minlength=some * count).reshape(some, count)
+    sums = [weights @ c for c in flat]
+    for row in zip(*sums, strict=True):
+      found.append(
+        statistic(*(x.reshape(c.shape[1:]) for x, c in zip(row, columns, strict=True)))
+      )
+  return np.nanpercentile(np.array(found), (2.5, 97.5), axis=0)
+
+
 def recall_at(ranks, k):
   """Share of queries whose first hit is among the top k."""
   return float(np.mean(ranks < k))
 
 
 def random_recall(relevant, k):
-  """Expected recall@k of a random ranking: 1 - C(n - r, k) / C(n, k), averaged over queries."""
+  """Expected recall@k of a random ranking: 1 - C(n - r, k) / C(n, k), averaged over queries.
+
+  relevant: (Q, n), sparse or dense.
+  """
   n = relevant.shape[1]
-  r = relevant.sum(axis=1)[:, None]
-  i = np.arange(min(k, n))
-  return float(np.mean(1 - np.prod(np.clip((n - r - i) / (n - i), 0, 1), axis=1)))
+  counts, queries = np.unique(np.asarray(relevant.sum(axis=1)).ravel(), return_counts=True)
+  r, i = counts[:, None], np.arange(min(k, n))
+  chance = 1 - np.prod(np.clip((n - r - i) / (n - i), 0, 1), axis=1)
+  return float(np.average(chance, weights=queries))

@@ -29,7 +29,7 @@ POSITIONS = 1024  # rows that the authors' loading code expects: GPT2Config's de
 CONFIG = {
   "model": {
     "statistics": "clip", "predictor_dropout": 0.0, "predict_from": "views",
-    "scan": True, "remat": "none", "dtype": "auto",
+    "patch_dropout": 0.0, "scan": True, "remat": "none", "attention": "short", "dtype": "auto",
   },
   "text": {"length": 77, "readout": "eot"},
   "data": {"eval_resize": 256 / 224},

@@ -51,6 +51,7 @@ class GPT(nn.Module):
   readout: str
   scan: bool
   remat: str
+  attention: str
   dtype: Any
 
   @nn.compact
@@ -80,7 +81,7 @@ class GPT(nn.Module):
     x = constrain(x, "batch", None, None)  # (B, L, W), or (G R, L, W)
 
     block = dict(
-      heads=self.heads, causal=True, gelu_tanh=True, norm_eps=1e-5,
+      heads=self.heads, causal=True, attention=self.attention, gelu_tanh=True, norm_eps=1e-5,
       kernel_init=init, out_init=out_init, dtype=self.dtype,
     )  # fmt: skip
     with jax.named_scope("gpt"):

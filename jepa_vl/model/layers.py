@@ -5,13 +5,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from jepa_vl.model.attention import attend
 from jepa_vl.sharding import constrain
 
 REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # What products and attention gave, and nothing that follows from it element by element.
+  "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "up"),
 }
 
 
@@ -20,6 +24,7 @@ class Attention(nn.Module):
 
   heads: int
   causal: bool
+  implementation: str
   kernel_init: Any
   out_init: Any
   dtype: Any
@@ -29,8 +34,9 @@ class Attention(nn.Module):
     W = x.shape[-1]
     shape = (3, self.heads, W // self.heads)
     qkv = nn.DenseGeneral(shape, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
-    q, k, v = (qkv[:, :, i] for i in range(3))  # each (B, L, H, K)
-    x = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=self.causal)
+    qkv = checkpoint_name(qkv, "qkv")
+    x = attend(qkv, mask, causal=self.causal, implementation=self.implementation)  # (B, L, H, K)
+    x = checkpoint_name(x, "attention")
     return nn.DenseGeneral(
       W, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="out"
     )(x)
@@ -48,6 +54,7 @@ class Mlp(nn.Module):
   def __call__(self, x):
     W = x.shape[-1]
     x = nn.Dense(4 * W, kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x)
+    x = checkpoint_name(x, "up")
     x = nn.gelu(x, approximate=self.gelu_tanh)
     return nn.Dense(W, kernel_init=self.out_init, dtype=self.dtype, name="down")(x)
 
@@ -57,6 +64,7 @@ class Block(nn.Module):
 
   heads: int
   causal: bool
+  attention: str
   gelu_tanh: bool
   norm_eps: float
   kernel_init: Any
@@ -67,11 +75,12 @@ class Block(nn.Module):
   def __call__(self, x, mask):
     norm = lambda name: nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
     attn = Attention(
-      self.heads, self.causal, self.kernel_init, self.out_init, self.dtype, name="attn"
-    )
+      self.heads, self.causal, self.attention, self.kernel_init, self.out_init, self.dtype,
+      name="attn",
+    )  # fmt: skip
     mlp = Mlp(self.gelu_tanh, self.kernel_init, self.out_init, self.dtype, name="mlp")
     x = constrain(x, "batch", None, None)
-    x = x + attn(norm("attn_norm")(x), mask)
+    x = checkpoint_name(x + attn(norm("attn_norm")(x), mask), "residual")
     x = x + mlp(norm("mlp_norm")(x))
     return x, None  # the pair that nn.scan wants
 
@@ -98,7 +107,7 @@ class Blocks(nn.Module):
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
     blocks = nn.scan(
       block,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, "intermediates": 0},  # the latter only for two_tower.look_inside
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=self.depth,

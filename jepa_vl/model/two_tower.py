@@ -3,11 +3,13 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jepa_vl.model.gpt import GPT
 from jepa_vl.model.heads import Head
-from jepa_vl.model.vit import STATISTICS, ViT, normalise
+from jepa_vl.model.vit import STATISTICS, ViT, kept_patches, normalise
+from jepa_vl.sharding import constrain
 
 # What predicts the caption where an image has several views.
 PREDICT_FROM = ("views", "mean")
@@ -31,8 +33,11 @@ class TwoTower(nn.Module):
   (`packed_text`, `packed_position`, `packed_readout`, as GPT takes them). Of images (`image`), out
   also has the frozen-backbone features, `cls` (B, W) and `patches` (B, N, W). Of several views of
   each image (`global` (B, Vg, S, S, 3) and, if any, `local` (B, Vl, S', S', 3): LeVLJEPA+), out has
-  the views' embeddings, `views` (V, B, D), global ones first; z_img is then the mean of the global
-  ones, and p_img is predicted from every view, (V, B, D), or from that mean (`predict_from`).
+  the views' embeddings, `views` (V, B, D), global ones first, and the first one's `cls`; z_img is
+  then the mean of the global ones, and p_img is predicted from every view, (V, B, D), or from that
+  mean (`predict_from`).
+  In training the image tower sees all but a share `patch_dropout` of the patches of every image or
+  view, drawn for each from the stream "dropout"; `patches` are then the drawn ones, in any order.
   Each of `scalars`, pairs of name and initial value, is a learned scalar of that name in out.
   """
 
@@ -45,17 +50,17 @@ class TwoTower(nn.Module):
   predictor_depth: int
   predictor_dropout: float
   predict_from: str
+  patch_dropout: float
   scalars: tuple
   vocab_size: int
   text_length: int
   readout: str
   scan: bool
   remat: str
+  attention: str
   dtype: Any
 
   def setup(self):
-    if self.size not in SIZES:
-      raise ValueError(f"model.size must be one of {', '.join(SIZES)}, got {self.size!r}")
     if self.statistics not in STATISTICS:
       raise ValueError(
         f"model.statistics must be one of {', '.join(STATISTICS)}, got {self.statistics!r}"
@@ -64,10 +69,11 @@ class TwoTower(nn.Module):
       raise ValueError(
         f"model.predict_from must be one of {', '.join(PREDICT_FROM)}, got {self.predict_from!r}"
       )
-    width, depth, heads = SIZES[self.size]
+    _, depth, heads = SIZES[self.size]
     common = dict(
-      width=width, depth=depth, heads=heads, scan=self.scan, remat=self.remat, dtype=self.dtype
-    )
+      width=width(self.size), depth=depth, heads=heads, scan=self.scan, remat=self.remat,
+      attention=self.attention, dtype=self.dtype,
+    )  # fmt: skip
     self.image = ViT(patch_size=self.patch_size, image_size=self.image_size, **common)
     self.text = GPT(
       vocab_size=self.vocab_size, length=self.text_length, readout=self.readout, **common
@@ -85,7 +91,7 @@ class TwoTower(nn.Module):
   def __call__(self, batch, *, train):
     out = dict(self.learned)
     if "image" in batch:
-      cls, patches = self.image(normalise(batch["image"], self.statistics))
+      cls, patches = self._look(batch["image"], train)
       z = self.image_head(cls, train=train)
       out |= {"z_img": z, "p_img": self.image_predictor(z, train=train)}
       out |= {"cls": cls, "patches": patches}
@@ -95,6 +101,15 @@ class TwoTower(nn.Module):
       z = self.text_head(self._read(batch), train=train)
       out |= {"z_txt": z, "p_txt": self.text_predictor(z, train=train)}
     return out
+
+  def _look(self, images, train):
+    B, H, W, _ = images.shape
+    count, keep = (H // self.patch_size) * (W // self.patch_size), None
+    if train and self.patch_dropout:
+      draw = jax.random.uniform(self.make_rng("dropout"), (B, count))
+      order = jnp.argsort(constrain(draw, "batch", None), axis=1)
+      keep = order[:, : kept_patches(count, self.patch_dropout)]
+    return self.image(normalise(images, self.statistics), keep)
 
   def _read(self, batch):
     if "text" in batch:
@@ -110,7 +125,7 @@ class TwoTower(nn.Module):
     B = groups[0].shape[0]
     rows = lambda x: x.reshape(-1, *x.shape[2:])  # (B, V, ...) -> (B V, ...)
     by_view = lambda x: x.reshape(B, -1, x.shape[-1]).swapaxes(0, 1)  # (B V, D) -> (V, B, D)
-    cls = [self.image(normalise(rows(x), self.statistics))[0] for x in groups]
+    cls = [self._look(rows(x), train)[0] for x in groups]
     cls = jnp.concatenate([x.reshape(B, -1, x.shape[-1]) for x in cls], axis=1)  # (B, V, W)
     z = self.image_head(rows(cls), train=train)
     views = by_view(z)
@@ -119,7 +134,7 @@ class TwoTower(nn.Module):
       p = by_view(self.image_predictor(z, train=train))
     else:
       p = self.image_predictor(mean, train=train)
-    return {"views": views, "z_img": mean, "p_img": p}
+    return {"views": views, "z_img": mean, "p_img": p, "cls": cls[:, 0]}
 
 
 def from_config(model, text, *, vocab_size, dtype, scalars):
@@ -146,12 +161,14 @@ def from_config(model, text, *, vocab_size, dtype, scalars):
     predictor_depth=model.predictor_depth,
     predictor_dropout=model.predictor_dropout,
     predict_from=model.predict_from,
+    patch_dropout=model.patch_dropout,
     scalars=tuple(scalars.items()),
     vocab_size=vocab_size,
     text_length=text.length,
     readout=text.readout,
     scan=model.scan,
     remat=model.remat,
+    attention=model.attention,
     dtype=dtype,
   )
 
@@ -166,8 +183,43 @@ def dummy_batch(model, rows):
   }
 
 
+def width(size):
+  """Of the towers of that size, and so of the CLS feature. Raises ValueError."""
+  if size not in SIZES:
+    raise ValueError(f"model.size must be one of {', '.join(SIZES)}, got {size!r}")
+  return SIZES[size][0]
+
+
+def look_inside(model, variables, images):
+  """What happens between an image and its features, to be shown.
+
+  Returns `layers` (B, depth, N, W), the patch tokens after every block, before the final norm, and
+  `attention` (B, heads, N), how the last block's CLS weighs the patches (its own share left out).
+  """
+  _, found = model.apply(
+    variables, {"image": images}, train=False, mutable=["intermediates"],
+    capture_intermediates=lambda module, _: module.name in ("blocks", "qkv"),
+  )  # fmt: skip
+  found = found["intermediates"]["image"]["tower"]["blocks"]
+  ((tokens, _),) = found["__call__"]  # (depth, B, 1 + N, W)
+  (qkv,) = found["attn"]["qkv"]["__call__"]  # (depth, B, 1 + N, 3, H, K)
+  q, k = (qkv[-1, :, :, i].astype(jnp.float32) for i in range(2))
+  scores = jnp.einsum("bhk,blhk->bhl", q[:, 0], k) / q.shape[-1] ** 0.5
+  attention = jax.nn.softmax(scores, axis=-1)[..., 1:]
+  return {"layers": tokens[:, :, 1:].swapaxes(0, 1).astype(jnp.float32), "attention": attention}
+
+
+def image_tokens(model, side):
+  """Tokens of the image tower in training for an image or view of that side, CLS included.
+
+  Raises:
+    ValueError: `patch_dropout` leaves no patch.
+  """
+  return 1 + kept_patches((side // model.patch_size) ** 2, model.patch_dropout)
+
+
 def forward_flops(model, sides=(), text_rows=1):
-  """Analytic FLOPs of one image-caption pair forward: matrix products only, 2 per multiply-add.
+  """Analytic FLOPs of one pair forward in training: matrix products only, 2 per multiply-add.
 
   sides: the side in pixels of every view of the image; () for the one image of `image_size`.
   text_rows: rows of the text tower per caption, below 1 where captions share them. All of a row
@@ -180,8 +232,8 @@ def forward_flops(model, sides=(), text_rows=1):
   sides = sides or (model.image_size,)
   D, hidden = model.embed_dim, model.hidden_dim
   tower = lambda n: depth * (24 * n * width**2 + 4 * n**2 * width)
-  tokens = [(side // model.patch_size) ** 2 for side in sides]
-  images = sum(tower(N + 1) + 2 * N * width * 3 * model.patch_size**2 for N in tokens)
+  tokens = [image_tokens(model, side) for side in sides]
+  images = sum(tower(n) + 2 * (n - 1) * width * 3 * model.patch_size**2 for n in tokens)
   inner = max(model.predictor_depth - 1, 0) * hidden**2
   predictor = 2 * (2 * D * hidden + inner) if model.predictor_depth else 0
   embedding = 2 * (width * hidden + hidden * D)

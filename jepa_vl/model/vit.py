@@ -24,8 +24,26 @@ def normalise(images, statistics):
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
+def kept_patches(count, dropout):
+  """How many of an image's patches training looks at.
+
+  Raises:
+    ValueError: `dropout` is no share, or leaves none.
+  """
+  kept = round(count * (1 - dropout))
+  if not 0 <= dropout < 1 or not kept:
+    raise ValueError(
+      f"model.patch_dropout={dropout:g} must be a share from 0 to below 1 that leaves some of the "
+      f"{count} patches of an image or view"
+    )
+  return kept
+
+
 class ViT(nn.Module):
   """Images (B, S, S, 3) -> CLS (B, W) and patch tokens (B, N, W), both after the final norm.
+
+  `keep`, (B, N') int32: the patches of each image that are looked at; the others are not, and the
+  tokens are of these, in this order (FLIP, arXiv 2212.00794).
 
   `image_size` fixes the grid of the position table; any other size that the patch divides is
   served by resampling it. Initialisation as timm: normal 0.02, zero biases.
@@ -38,10 +56,11 @@ class ViT(nn.Module):
   image_size: int
   scan: bool
   remat: str
+  attention: str
   dtype: Any
 
   @nn.compact
-  def __call__(self, images):
+  def __call__(self, images, keep=None):
     B, H, W, _ = images.shape
     p = self.patch_size
     if H % p or W % p:
@@ -53,6 +72,8 @@ class ViT(nn.Module):
     grid = (H // p, W // p)
     patches = images.reshape(B, grid[0], p, grid[1], p, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(B, grid[0] * grid[1], p * p * 3)  # (B, N, p p 3)
+    if keep is not None:  # along an axis, so that no patch leaves its device
+      patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
     # timm leaves this convolution at PyTorch's default initialisation.
     fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     x = nn.Dense(self.width, kernel_init=fan_in_uniform, dtype=self.dtype, name="patch_embedding")(
@@ -63,12 +84,14 @@ class ViT(nn.Module):
     rows = 1 + (self.image_size // p) ** 2
     positions = self.param("position_embedding", init, (rows, self.width))
     cls = (cls + positions[:1]).astype(x.dtype)
-    x = x + resample_positions(positions[1:], grid).astype(x.dtype)
+    positions = resample_positions(positions[1:], grid)
+    # Taken in float32, in which the gradients of a position's many patches are then added up.
+    x = x + (positions if keep is None else positions[keep]).astype(x.dtype)
     x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, self.width)), x], axis=1)
     x = constrain(x, "batch", None, None)  # (B, 1 + N, W)
 
     block = dict(
-      heads=self.heads, causal=False, gelu_tanh=False, norm_eps=1e-6,
+      heads=self.heads, causal=False, attention=self.attention, gelu_tanh=False, norm_eps=1e-6,
       kernel_init=init, out_init=init, dtype=self.dtype,
     )  # fmt: skip
     with jax.named_scope("vit"):

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_vl import sharding
+
 # Slices handled at once (the largest power of two up to this that divides M). Small enough that
 # one chunk's cos and sin stay in a core's cache at a batch of 256.
 CHUNK = 64
+
+# On accelerators chunks are joined until a device has about this many projections of its rows at
+# once: there the number of small operations, and of sums over devices, is what takes time.
+PROJECTIONS = 2**20
 
 # Float32 means float32 on every chip: TPUs and recent GPUs would multiply in less.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -96,7 +102,23 @@ _statistic.defvjp(_statistic_fwd, _statistic_bwd)
 
 
 def _scan_chunks(z, A, knots, t_max, with_gradient):
-  """Sums value (and d value / d z) over chunks of slices; no (B, M) array ever exists."""
+  """Sums value (and d value / d z) over chunks of slices; no (B, M) array need exist."""
+  scan = functools.partial(_scan, knots=knots, t_max=t_max, with_gradient=with_gradient)
+  wide = lambda z, A: scan(z, _joined(A, z.shape[0] * z.shape[1]))
+  return jax.lax.platform_dependent(z, A, cpu=scan, default=wide)
+
+
+def _joined(A, rows):
+  """The same directions in fewer, larger chunks: a power of two of them becomes one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = max(rows // (1 if mesh.empty else sharding.batch_shards(mesh)), 1)
+  chunks, D, chunk = A.shape
+  most = 1 << max((PROJECTIONS // (rows * chunk)).bit_length() - 1, 0)
+  join = math.gcd(chunks, most)
+  return A.reshape(-1, join, D, chunk).swapaxes(1, 2).reshape(-1, D, join * chunk)
+
+
+def _scan(z, A, knots, t_max, with_gradient):
   # A value per group, added up after the loop: groups that lie whole on their devices need no
   # communication within it.
 
@@ -121,14 +143,14 @@ def _chunk(x, knots, t_max, with_gradient):
   # The knots are equally spaced: cos and sin of k * theta follow from one cos and one sin.
   c1, s1 = jnp.cos(x * t[1]), jnp.sin(x * t[1])
 
-  values = jnp.zeros(x.shape[0], jnp.float32)
   real, imaginary = [], []
   for c, s in _harmonics(c1, s1, knots):
     real.append(jnp.mean(c, axis=1, keepdims=True))  # (G, 1, chunk)
     imaginary.append(jnp.mean(s, axis=1, keepdims=True))
-  for k in range(knots):
-    distance = (real[k] - phi[k]) ** 2 + imaginary[k] ** 2
-    values += weight[k] * jnp.sum(distance, axis=(1, 2))
+  distance = sum(
+    w * ((re - p) ** 2 + im**2) for w, p, re, im in zip(weight, phi, real, imaginary, strict=True)
+  )
+  values = jnp.sum(distance, axis=(1, 2))
   if not with_gradient:
     return values, None
 

@@ -10,7 +10,8 @@ import os
 import numpy as np
 
 from jepa_vl.evals import common
-from jepa_vl.metrics import rank_of_spectrum, read_jsonl
+from jepa_vl.evals.report import details
+from jepa_vl.metrics import rank_of_spectrum, read_jsonl, singular_values
 
 QUERIES, TOP_CAPTIONS, TOP_IMAGES = 8, 5, 8
 THUMBNAIL = 96  # pixels; a page of full-size images would be tens of megabytes
@@ -78,6 +79,13 @@ PANELS = (
     "rises towards 0 as pairs match.",
     {"logit/positive": "positive", "logit/logsumexp": "log-sum-exp", "logit/gap": "gap"},
   ),
+  (
+    "Online probe",
+    False,
+    "Share of a batch's labels that a linear layer on the CLS feature gets right before it learns "
+    "from them.",
+    {"probe/top1": None},
+  ),
   ("Gradient norm", True, "Before clipping.", {"grad_norm": None}),
   ("Learning rate", False, "", {"lr": None}),
   ("Examples per second", False, "", {"examples_per_s": None}),
@@ -109,45 +117,59 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 1
 th.split { padding-top: .7rem; } tr.above td.value { font-weight: bold; color: #111; }
 details { margin: 1rem 0; } summary { cursor: pointer; } pre { font-size: .8rem; overflow-x: auto; }
 .query { display: flex; gap: .8rem; } .query ol { margin: 0; padding-left: 1.4rem; }
-.query > img, .pair img { width: 96px; height: 96px; }
+.query > img { width: 96px; height: 96px; }
 li.hit { color: #0a7a2f; font-weight: bold; }
 .strip { display: flex; flex-wrap: wrap; gap: 4px; margin: .2rem 0 1rem; }
 .strip img { width: 72px; height: 72px; border: 4px solid transparent; border-radius: 4px; }
 .strip img.hit { border-color: #12a046; }
-.pairs { display: flex; flex-wrap: wrap; gap: 10px; } .pair { width: 96px; }
-.pair img { display: block; }
+.three { display: flex; gap: 3px; } .three img { width: 33%; height: auto; }
+.depths { display: grid; grid-template-columns: repeat(6, minmax(0, 96px)); gap: 4px;
+  margin-bottom: 4px; }
+.depths figcaption { font-size: .7rem; line-height: 1.2; }
 """
 
 
-def write(workdir, *, config, results, spectra, retrieval, patches, notes):
-  """Writes workdir/report.html and returns its path.
+PICTURES = "pictures.html"  # of a run's folder: the sections that need the network, for later pages
 
-  config: nested dict; results: rows of `evals.table`; spectra: {name: (D,) singular values};
+
+def write(workdir, *, config, results, embeddings, retrieval, patches, notes, drawn):
+  """Writes workdir/report.html and returns its path; its pictures also to workdir/pictures.html.
+
+  config: nested dict; results: rows of `evals.table`; embeddings: {name: (N, D)};
   retrieval: dict of split, images (N, S, S, 3) uint8, captions (C), similarity and relevant (N, C);
-  patches: dict of images (n, S, S, 3) uint8 and features (n, h, w, W); notes: {split: one line}.
-  spectra, retrieval and patches may be None, which leaves their section out.
+  patches: dict of images (n, S, S, 3) uint8, blocks {depth: (n, h, w, W) features} and attention
+  (n, h, w); notes: {split: one line}. embeddings, retrieval and patches may be None, which leaves
+  their section out; drawn: the details of evaluations (common.result).
   """
   metrics = read_jsonl(os.path.join(workdir, "metrics.jsonl"))
   evals = read_jsonl(os.path.join(workdir, "evals.jsonl"))
   sections = [_overview(config, metrics), _results(results, notes), _training(metrics)]
   sections.append(_progress(evals))
-  if spectra is not None:
-    sections.append(_spectra(spectra))
+  pictures = []
+  if embeddings is not None:
+    pictures.append(_embeddings(embeddings))
   if retrieval is not None:
-    sections.append(_retrieval(**retrieval))
+    pictures.append(_retrieval(**retrieval))
   if patches is not None:
-    sections.append(_patches(**patches))
-  page = (
+    pictures.append(_patches(**patches))
+  pictures.append(details.section(drawn))
+  path = os.path.join(workdir, "report.html")
+  whole = page("What this run learned", sections + pictures)
+  for name, text in ((path, whole), (os.path.join(workdir, PICTURES), "\n".join(pictures))):
+    with open(name, "w", encoding="utf-8", errors="replace") as f:  # for lone surrogates
+      f.write(text)
+  return path
+
+
+def page(title, sections):
+  """A whole page of HTML sections, which needs nothing but itself."""
+  return (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f"<title>Run report</title><style>{STYLE}</style>\n<h1>What this run learned</h1>\n"
+    f"<title>Run report</title><style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
     + "\n".join(sections)
     + "\n</html>\n"
   )
-  path = os.path.join(workdir, "report.html")
-  with open(path, "w", encoding="utf-8", errors="replace") as f:  # for lone surrogates
-    f.write(page)
-  return path
 
 
 def _overview(config, metrics):
@@ -158,7 +180,7 @@ def _overview(config, metrics):
     names = {"loss": "loss", "cos/matched": "cosine, matched", "cos/rolled": "cosine, mismatched"}
     names |= {"rank/img": "effective rank, image", "rank/txt": "effective rank, text"}
     names |= {"examples_per_s": "examples/s"}
-    facts |= {label: _number(last[key]) for key, label in names.items() if key in last}
+    facts |= {label: number(last[key]) for key, label in names.items() if key in last}
   settings = {}
   for part, keys in MAIN_KEYS.items():
     tree = config.get(part, {}) if part else config
@@ -168,12 +190,12 @@ def _overview(config, metrics):
   pretty = json.dumps(config, indent=2, default=str, ensure_ascii=False)
   return (
     f"{_facts(facts)}<h2>Configuration</h2>{_facts(settings)}"
-    f"<details><summary>All of it</summary><pre>{_escape(pretty)}</pre></details>"
+    f"<details><summary>All of it</summary><pre>{escape(pretty)}</pre></details>"
   )
 
 
 def _facts(values):
-  items = (f"<div><dt>{_escape(k)}</dt><dd>{_escape(v)}</dd></div>" for k, v in values.items())
+  items = (f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items())
   return f'<dl class="facts">{"".join(items)}</dl>' if values else ""
 
 
@@ -189,7 +211,7 @@ def _results(rows, notes):
       "bold, the others grey. This is no test of significance; on a small split a small difference "
       "may be noise."
     )
-  lines = (f"<li><b>{_escape(k)}</b>: {_escape(v)}" for k, v in notes.items())
+  lines = (f"<li><b>{escape(k)}</b>: {escape(v)}" for k, v in notes.items())
   legend = (
     '<p class="quiet">i2t: an image finds its caption, t2i: a caption finds its images. R@k: share '
     "of queries with a right answer among the first k. avg: mean of the cosines of either "
@@ -205,9 +227,10 @@ def _results(rows, notes):
 
 
 def _beats_floors(row):
-  """Whether the value exceeds all the floors that the row has; None if it has none."""
+  """Whether the value is better than all the floors that the row has; None if it has none."""
   floors = [row[f] for f in FLOORS if row.get(f) is not None]
-  return all(row["value"] > f for f in floors) if floors else None
+  sign = -1 if common.lower_is_better(row["metric"]) else 1
+  return all(sign * row["value"] > sign * f for f in floors) if floors else None
 
 
 def _tables(rows):
@@ -215,7 +238,7 @@ def _tables(rows):
   for r in rows:
     evaluations.setdefault(r["evaluation"], {}).setdefault(r["split"], []).append(r)
   parts = (
-    f'<div class="scroll"><h3>{_escape(name)}</h3>{_table(splits)}</div>'
+    f'<div class="scroll"><h3>{escape(name)}</h3>{_table(splits)}</div>'
     for name, splits in evaluations.items()
   )
   return f'<div class="tables">{"".join(parts)}</div>'
@@ -225,14 +248,15 @@ def _table(splits):
   rows = [r for part in splits.values() for r in part]
   floors = [f for f in FLOORS if any(r.get(f) is not None for r in rows)]
   columns = "".join(f"<th>{f.replace('_', ' ')}</th>" for f in floors)
-  out = [f"<table><thead><tr><th><th>value</th>{columns}</tr></thead>"]
+  out = [f"<table><thead><tr><th><th>value</th><th>95% interval</th>{columns}</tr></thead>"]
   for split, part in splits.items():
-    out.append(f'<tbody><tr><th class="split" colspan="{2 + len(floors)}">{_escape(split)}</th>')
+    out.append(f'<tbody><tr><th class="split" colspan="{3 + len(floors)}">{escape(split)}</th>')
     for r in part:
       mark = {True: "above", False: "below", None: ""}[_beats_floors(r)]
-      cells = "".join(f"<td>{_number(r.get(f))}</td>" for f in floors)
-      name = f"<td>{_escape(r['metric'])}</td>"
-      out.append(f'<tr class="{mark}">{name}<td class="value">{_number(r["value"])}</td>{cells}')
+      cells = "".join(f"<td>{number(r.get(f))}</td>" for f in floors)
+      name = f"<td>{escape(r['metric'])}</td>"
+      value = f'<td class="value">{number(r["value"])}</td><td>{interval(r)}</td>'
+      out.append(f'<tr class="{mark}">{name}{value}{cells}')
     out.append("</tbody>")
   return "".join(out) + "</table>"
 
@@ -254,7 +278,7 @@ def _training(records):
     if lines:
       values = np.concatenate([y for _, _, y, _ in lines])
       log = log and np.nanmax(values) > 10 * np.nanmin(values) > 0
-      figures.append(_figure(title, lines, hint, log=log))
+      figures.append(figure(title, lines, hint, log=log))
   return f'<h2>Training</h2><div class="grid">{"".join(figures)}</div>'
 
 
@@ -263,7 +287,7 @@ def _progress(records):
   panels, steps = {}, {r["step"] for r in records}
   reading = common.headline_reading(k for r in records for k in r["metrics"])
   for r in records:
-    figures = {k: v for k, v in r["metrics"].items() if not common.is_floor(k)}
+    figures = {k: v for k, v in r["metrics"].items() if not common.is_beside(k)}
     most = max((int(k.partition("R@")[2]) for k in figures if "R@" in k), default=None)
     for key, value in figures.items():
       split, _, metric = key.partition("/")
@@ -284,33 +308,48 @@ def _progress(records):
       lines.append((split, x, value, {"color": f"C{i}", "marker": "o", "ms": 3}))
       if np.isfinite(floor).any():
         lines.append((None, x, floor, {"color": f"C{i}", "ls": ":"}))
-    figures.append(_figure(title, lines))
+    figures.append(figure(title, lines))
   return (
     "<h2>Evaluations over training</h2><p>One line per split; dotted: its highest floor other than "
     f'the untrained network.</p><div class="grid">{"".join(figures)}</div>'
   )
 
 
-def _spectra(spectra):
-  lines, longest = [], 1
-  for i, (name, s) in enumerate(spectra.items()):
-    s = np.asarray(s, float)
+def _embeddings(embeddings):
+  """{name: (N, D)}: their spectra, and how Gaussian they are along random directions."""
+  lines, longest, curves = [], 1, []
+  edges = np.linspace(-4, 4, 65)
+  middle = (edges[1:] + edges[:-1]) / 2
+  for i, (name, z) in enumerate(embeddings.items()):
+    z = np.asarray(z, np.float32)
+    directions = common.unit(np.random.default_rng(0).normal(size=(64, z.shape[1])))
+    counts, _ = np.histogram(np.nan_to_num(z @ directions.T), edges)
+    density = counts / (len(z) * len(directions) * (edges[1] - edges[0]))
+    curves.append((name, middle, density, {"color": f"C{i}"}))
+    s = np.asarray(singular_values(z), float)
     label = f"{name}: effective rank {float(rank_of_spectrum(s)):.1f} of {len(s)}"
     normalised = np.maximum(s / max(s[0], 1e-12), 1e-4)  # zeros have no place on a log axis
     lines.append((label, np.arange(1, len(s) + 1), normalised, {"color": f"C{i}"}))
     longest = max(longest, len(s))
   lines.append(("isotropic ideal", [1, longest], [1, 1], {"color": "0.4", "ls": "--"}))
   hint = "Each singular value over the largest. Directions after a cliff are unused."
-  figure = _figure("Singular values of the centred embeddings", lines, hint, log=True, wide=True)
-  return f'<h2>Spectra</h2><div style="max-width: 640px">{figure}</div>'
+  spectrum = figure("Singular values of the centred embeddings", lines, hint, "index", log=True)
+  ideal = np.exp(-(middle**2) / 2) / (2 * np.pi) ** 0.5
+  curves.append(("standard normal", middle, ideal, {"color": "0.4", "ls": "--"}))
+  hint = (
+    "Density of the embeddings along 64 random directions: what SIGReg pulls to the dashed line. "
+    "The contrastive baselines ask for no such thing."
+  )
+  gaussian = figure("Along random directions", curves, hint, "projection")
+  return f'<h2>Embeddings</h2><div class="grid">{spectrum}{gaussian}</div>'
 
 
-def _figure(title, lines, hint="", log=False, wide=False):
+def figure(title, lines, hint="", xlabel="step", log=False):
   """An HTML figure of lines (label, x, y, style); a label of None stays out of the legend."""
   from matplotlib.figure import Figure  # late: slow to import; without pyplot it is always Agg
   from matplotlib.ticker import LogLocator
 
-  fig = Figure(figsize=(6.4, 4.4) if wide else (4.6, 3.4), layout="constrained")
+  fig = Figure(figsize=(4.6, 3.4), layout="constrained")
   ax = fig.add_subplot()
   for label, x, y, style in lines:
     ax.plot(x, y, label=label, lw=1.2, **style)
@@ -322,15 +361,16 @@ def _figure(title, lines, hint="", log=False, wide=False):
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     ax.yaxis.set_minor_formatter("{x:g}" if high < 1e3 * low else "")
   ax.set_title(title)
-  ax.set_xlabel("index" if wide else "step")
+  ax.set_xlabel(xlabel)
   ax.grid(alpha=0.3)
   ax.spines[["top", "right"]].set_visible(False)
   if any(label for label, *_ in lines):
-    fig.legend(loc="outside lower center", ncols=1 if wide else 3, frameon=False)
+    columns = 1 if max(len(str(label)) for label, *_ in lines) > 20 else 3
+    fig.legend(loc="outside lower center", ncols=columns, frameon=False)
   buffer = io.BytesIO()
   fig.savefig(buffer, format="png", dpi=130)
   image = _img(buffer.getvalue(), title)
-  return f"<figure>{image}<figcaption>{_escape(hint)}</figcaption></figure>"
+  return f"<figure>{image}<figcaption>{escape(hint)}</figcaption></figure>"
 
 
 def _retrieval(split, images, captions, similarity, relevant):
@@ -340,12 +380,12 @@ def _retrieval(split, images, captions, similarity, relevant):
   cards, strips = [], []
   for i, order, rank in by_image:
     items = (
-      f'<li class="hit">{_escape(captions[c])} ✓</li>'
+      f'<li class="hit">{escape(captions[c])} ✓</li>'
       if relevant[i, c]
-      else f"<li>{_escape(captions[c])}</li>"
+      else f"<li>{escape(captions[c])}</li>"
       for c in order
     )
-    right = "; ".join(_escape(captions[c]) for c in np.flatnonzero(relevant[i]))
+    right = "; ".join(escape(captions[c]) for c in np.flatnonzero(relevant[i]))
     note = f'<p class="quiet">rank {rank} of {len(captions)}: {right}</p>'
     cards.append(
       f'<div class="query">{_thumbnail(images[i], "query")}<div><ol>{"".join(items)}</ol>'
@@ -357,9 +397,9 @@ def _retrieval(split, images, captions, similarity, relevant):
       for i in order
     )
     note = f'<span class="quiet">first right image: rank {rank} of {len(images)}</span>'
-    strips.append(f'<div>“{_escape(captions[c])}” {note}<div class="strip">{found}</div></div>')
+    strips.append(f'<div>“{escape(captions[c])}” {note}<div class="strip">{found}</div></div>')
   return (
-    f"<h2>Retrieval on {_escape(split)}</h2><p>These queries were drawn at random with a fixed "
+    f"<h2>Retrieval on {escape(split)}</h2><p>These queries were drawn at random with a fixed "
     "seed, not picked; right answers are green. The rank is that of the best right answer.</p>"
     f'<h3>From an image to captions</h3><div class="grid">{"".join(cards)}</div>'
     f"<h3>From a caption to images</h3>{''.join(strips)}"
@@ -379,28 +419,39 @@ def _queries(scores, relevant, top):
     yield q, np.lexsort((relevant[q], keys))[:top], ranks[q]
 
 
-def _patches(images, features):
-  """images: (n, S, S, 3) uint8; features: (n, h, w, W), of any float type."""
+def _patches(images, blocks, attention):
+  """images: (n, S, S, 3) uint8; blocks: {depth: (n, h, w, W)}; attention: (n, h, w)."""
+  drawn = {f"block {depth}": _principal(x) for depth, x in blocks.items()}
+  peak = attention.max(axis=(1, 2), keepdims=True)
+  drawn["attention"] = details.colour("magma", attention / np.maximum(peak, 1e-12))
+  rows = []
+  for i, image in enumerate(images):
+    pictures = [("image", image)] + [(name, x[i]) for name, x in drawn.items()]
+    rows.append("".join(
+      f"<figure>{_thumbnail(x, name)}<figcaption>{name}</figcaption></figure>"
+      for name, x in pictures
+    ))  # fmt: skip
+  return (
+    "<h2>Patch features</h2><p>Of each block the first three principal components of all these "
+    "images' patch features together, as red, green and blue: the same colour means similar "
+    "features, in one image or across images. Attention: how much the last block's CLS token looks "
+    "at each patch, mean over heads; bright is most.</p>"
+    + "".join(f'<div class="depths">{row}</div>' for row in rows)
+  )
+
+
+def _principal(features):
+  """(n, h, w, W) features -> (n, h, w, 3) uint8, their first principal components as colours."""
   x = np.nan_to_num(np.asarray(features, np.float32))
   n, h, w, W = x.shape
   x = x.reshape(-1, W)
   x = x - x.mean(axis=0)
-  variance, directions = np.linalg.eigh(x.T @ x)
+  _, directions = np.linalg.eigh(x.T @ x)
   components = x @ directions[:, ::-1][:, :3]
   low, high = np.percentile(components, (1, 99), axis=0)
   rgb = np.zeros((len(x), 3), np.uint8)  # fewer than three channels leave the rest black
   rgb[:, : components.shape[1]] = 255 * np.clip((components - low) / (high - low + 1e-12), 0, 1)
-  share = variance[-3:].sum() / max(variance.sum(), 1e-12)
-  pairs = (
-    f'<div class="pair">{_thumbnail(image, "image")}{_thumbnail(picture, "its features")}</div>'
-    for image, picture in zip(images, rgb.reshape(n, h, w, 3), strict=True)
-  )
-  return (
-    "<h2>Patch features</h2><p>The first three principal components of the patch features of all "
-    f"these images together, as red, green and blue; they hold {share:.0%} of the variance. The "
-    "same colour means similar features, in one image or across images.</p>"
-    f'<div class="pairs">{"".join(pairs)}</div>'
-  )
+  return rgb.reshape(n, h, w, 3)
 
 
 def _thumbnail(image, alt, css=""):
@@ -415,14 +466,23 @@ def _thumbnail(image, alt, css=""):
 
 def _img(png, alt, css=""):
   data = base64.b64encode(png).decode()
-  return f'<img class="{css}" alt="{_escape(alt)}" src="data:image/png;base64,{data}">'
+  return f'<img class="{css}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def _number(value):
+def interval(row):
+  """The ends of a figure's 95% interval, as the tables print them; "" for none."""
+  if row.get("low") is None:
+    return ""
+  return f"{number(row['low'])} – {number(row['high'])}"
+
+
+def number(value):
+  """A figure as the tables print it."""
   if value is None or not math.isfinite(value):
     return "–"
   return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
-def _escape(value):
+def escape(value):
+  """Any value as the text of a page."""
   return html.escape(str(value))

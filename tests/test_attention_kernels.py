@@ -1,0 +1,111 @@
+"""The TPU kernels, interpreted, and what cuDNN is given: XLA's numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_model import build, example, init, loss_and_grads
+
+from jepa_vl import sharding
+from jepa_vl.model import attention, two_tower
+
+
+def qkv_of(rows, length, heads, size, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(0), (rows, length, 3, heads, size)).astype(dtype)
+
+
+def value_and_grad(qkv, implementation, causal, mask=None):
+  """The attention's result, and the gradient of a function of it."""
+
+  def f(qkv):
+    out = attention.attend(qkv, mask, causal=causal, implementation=implementation)
+    return jnp.sum(jnp.sin(3 * out.astype(jnp.float32))), out
+
+  (_, out), grad = jax.jit(jax.value_and_grad(f, has_aux=True))(qkv)
+  return np.asarray(out, np.float32), np.asarray(grad, np.float32)
+
+
+@pytest.mark.parametrize(("rows", "length", "heads", "size", "causal"), [
+  (2, 197, 2, 64, False),  # ViT-B/16's tokens
+  (6, 77, 3, 64, True),  # captions, three to a program; heads that fill no whole tile
+  (5, 37, 1, 80, False),  # a local view's, and the largest size's heads
+  (1, 128, 2, 32, True),
+  (3, 1, 1, 8, False),
+])
+def test_the_kernels_equal_xla(rows, length, heads, size, causal):
+  """Also where what lies behind a sequence in memory is not a number, as it is interpreted."""
+  qkv = qkv_of(rows, length, heads, size)
+  expected, found = (value_and_grad(qkv, name, causal) for name in ("xla", "pallas"))
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_to_float32_as_xlas_own():
+  qkv = qkv_of(4, 77, 2, 64, jnp.bfloat16)
+  exact = value_and_grad(qkv.astype(jnp.float32), "xla", True)
+  error = lambda name: [
+    np.abs(a - b).mean() for a, b in zip(value_and_grad(qkv, name, True), exact, strict=True)
+  ]
+  for ours, theirs in zip(error("pallas"), error("xla"), strict=True):
+    assert 0 < ours < 1.1 * theirs
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in [(8, 1, 1), (1, 1, 8)])],
+  ids=str,
+)
+def test_each_device_runs_its_rows_and_heads(sizes):
+  """Over `tensor` = 8 the heads do not divide: every device then has all of them."""
+  qkv = qkv_of(8, 21, 4, 16)
+  expected = value_and_grad(qkv, "pallas", True)
+  mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+  heads = "tensor" if 4 % sizes[2] == 0 else None
+  with jax.set_mesh(mesh):
+    split = NamedSharding(mesh, P(sharding.BATCH, None, None, heads, None))
+    found = value_and_grad(jax.device_put(qkv, split), "pallas", True)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_masks_and_long_sequences_go_to_xla():
+  mask = jnp.arange(9)[None, None, None] < jnp.array([4, 9])[:, None, None, None]
+  for qkv, keys in ((qkv_of(2, 9, 2, 16), mask), (qkv_of(1, 600, 1, 8), None)):
+    expected, found = (value_and_grad(qkv, name, True, keys) for name in ("xla", "pallas"))
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+@pytest.mark.slow
+def test_towers_with_the_kernels(config):
+  """Under rematerialisation too, which runs the forward kernel again."""
+  model = build(config)
+  other = build(config, **{"model.attention": "pallas", "model.remat": "dots"})
+  variables, batch = init(model), example(model)
+  (out, grads), (out2, grads2) = (loss_and_grads(m, variables, batch) for m in (model, other))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, out2)
+  # of the size of 20: round-off that BatchNorm over eight rows amplifies
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), grads, grads2)
+
+
+@pytest.mark.slow
+def test_what_is_shown_of_the_inside_is_the_same(config):
+  model = build(config)
+  variables, images = init(model), example(model, rows=2)["image"]
+  expected, found = (
+    two_tower.look_inside(model.clone(attention=name), variables, images)
+    for name in ("xla", "pallas")
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), expected, found)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [0, 1, 9])
+def test_a_token_behind_an_odd_number_changes_nothing(queries, causal):
+  """What cuDNN is given; 0: without a mask, 1: over keys, 9: its own for every query."""
+  qkv, keys = qkv_of(2, 9, 2, 16), jnp.array([4, 9])[:, None, None, None]
+  mask = jnp.arange(9) < jnp.broadcast_to(keys, (2, 1, queries, 1)) if queries else None
+  expected = attention.xla(qkv, mask, causal)
+  found = attention._even(qkv, mask, causal, "xla")
+  np.testing.assert_allclose(found, expected, atol=1e-6)
