@@ -63,11 +63,10 @@ def _row_bytes(config, model, mesh, sides, text_rows):
   width, depth, heads = two_tower.SIZES[model.size]
   itemsize = np.dtype(model.dtype).itemsize
   tpu = mesh.devices.flat[0].platform == "tpu"
-  if model.attention in ("pallas", "cudnn"):
-    heads = 0  # neither logits nor probabilities are kept
   kwargs = dict(
-    width=width, heads=heads, itemsize=itemsize, tensor=mesh.shape["tensor"], tiled=tpu
-  )
+    width=width, heads=heads, itemsize=itemsize, tensor=mesh.shape["tensor"], tiled=tpu,
+    attention=model.attention,
+  )  # fmt: skip
   images = [two_tower.image_tokens(model, side) for side in sides]
   kept = lambda n, remat, gelu: _layer_bytes(n, remat, gelu, **kwargs)
   total = depth * sum(kept(n, model.remat, 4) for n in images)
@@ -82,13 +81,14 @@ def _row_bytes(config, model, mesh, sides, text_rows):
   return total + _objective_bytes(config)
 
 
-def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled):
+def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled, attention):
   """What one layer keeps of one row of `tokens` for its backward pass.
 
   Counted from the residuals of `jax.vjp`: "full" keeps the layer's input; "dots" also qkv, the
   attention's and the MLP's products; "names" the attention's result too; "none" also six float32
-  arrays around the norms, six of the attention's width, `gelu` of the MLP's, and the attention's
-  logits and probabilities.
+  arrays around the norms, six of the attention's width, `gelu` of the MLP's, and what the
+  attention keeps: logits and probabilities (xla), probabilities, their sums and the float32 result
+  (short), neither of them (pallas, cudnn).
   """
   n = _up(tokens, 8) if tiled else tokens
   if remat == "full":
@@ -99,7 +99,11 @@ def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled):
     return n * width * itemsize * (2 + 7 / tensor)
   logits = n * (_up(tokens, 128) if tiled else tokens) * heads / tensor
   inner = width * itemsize * (6 + 4 * gelu) / tensor
-  return n * (width * 6 * 4 + inner) + logits * (4 + itemsize)
+  of_attention = {
+    "xla": logits * (4 + itemsize), "short": logits * itemsize + n * (heads + width) * 4 / tensor,
+    "pallas": 0, "cudnn": 0,
+  }  # fmt: skip
+  return n * (width * 6 * 4 + inner) + of_attention[attention]
 
 
 def _objective_bytes(config):

@@ -216,7 +216,8 @@ def main(path):
 
   flags.FLAGS.mark_as_parsed()
   c = tiny.get_config().unlock().data
-  c.update({"workers": 2, "image_size": 16, "text_length": 12, "readout": "eot"})
+  c.update({"workers": 2, "image_size": 16, "text_length": 12, "readout": "eot", "label": "",
+            "classes": 0})  # fmt: skip
   board = feed.Board()
   data = pipeline.batches(
     sources.open_source("array_record", path, ""), tokenizer.load("emoji"), c, batch_size=4,

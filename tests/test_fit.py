@@ -35,13 +35,13 @@ def test_state_is_counted_exactly_from_its_shardings(config):
   }  # fmt: skip
 
 
-@pytest.mark.parametrize(("remat", "dtype"), [
-  ("none", "bfloat16"), ("names", "bfloat16"), ("dots", "bfloat16"), ("full", "bfloat16"),
-  ("none", "float32"),
+@pytest.mark.parametrize(("remat", "dtype", "attention"), [
+  ("none", "bfloat16", "short"), ("names", "bfloat16", "short"), ("dots", "bfloat16", "short"),
+  ("full", "bfloat16", "short"), ("none", "float32", "short"), ("none", "bfloat16", "xla"),
 ])  # fmt: skip
-def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype):
+def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype, attention):
   """The count per layer against the residuals of the towers' own vjp."""
-  vit_s.model.update({"remat": remat, "dtype": dtype})
+  vit_s.model.update({"remat": remat, "dtype": dtype, "attention": attention})
   run = run_of(vit_s)
 
   width, depth, heads = two_tower.SIZES["small"]
@@ -58,7 +58,7 @@ def test_layers_keep_what_differentiation_keeps(vit_s, remat, dtype):
 
   layer = lambda n, gelu: memory._layer_bytes(
     n, remat, gelu, width=width, heads=heads, itemsize=np.dtype(run.model.dtype).itemsize, tensor=1,
-    tiled=False
+    tiled=False, attention=attention
   )
   expected = 2 * depth * (layer(17, 4) + layer(32, 6))
   assert 0.9 * expected < kept(4) - kept(2) < 1.01 * expected  # newest versions keep 7% less

@@ -43,7 +43,8 @@ def test_fit_logistic_finds_the_optimum(l2, block, devices, monkeypatch):
   loss, grad = logistic_loss(w.astype(np.float64), x.astype(np.float64), y, l2)
   flat = lambda v: logistic_loss(v.reshape(6, 3), x.astype(np.float64), y, l2)[0]
   best = scipy.optimize.minimize(flat, np.zeros(18), tol=1e-10).fun
-  assert np.linalg.norm(grad) < 1e-3
+  # The loss is summed in float32, so that along a curvature of l2 its minimum is this flat.
+  assert np.linalg.norm(grad) < 1e-3 * max(1, l2)
   assert loss == pytest.approx(best, abs=1e-5)
   assert best < np.log(3) - 1e-3  # better than knowing nothing
 

@@ -43,6 +43,7 @@ class Fit:
     keys = types.SimpleNamespace(
       name="adamw", schedule="cosine", lr=self.lr, warmup=self.warmup, warmup_from=0.0, final=0.0,
       weight_decay=self.weight_decay, decay_on="matrices", b1=0.9, b2=0.98, eps=1e-8, clip=1.0,
+      mu_dtype="float32",
     )  # fmt: skip
     return optim.make_optimizer(keys, self.steps)
 
