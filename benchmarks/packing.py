@@ -80,6 +80,7 @@ def fill_table(batches):
 def tower_pair(c):
   return two_tower.from_config(
     c.model, c.text, vocab_size=VOCABULARY, dtype=compute_dtype(c.model, jax.default_backend()),
+    device=jax.devices()[0],
     scalars=objectives.learned_scalars(c.objective),
   )  # fmt: skip
 

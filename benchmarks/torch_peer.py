@@ -13,7 +13,9 @@ TESTS = pathlib.Path(__file__).resolve().parent.parent / "tests"
 
 
 def make_step(c, *, compiled):
-  """Returns step(batch) -> loss, one optimizer step of the config `c`; batches are NumPy arrays.
+  """Returns place(batch) -> rows and step(rows) -> loss, one optimizer step of the config `c`.
+
+  place puts a batch of NumPy arrays on the device.
 
   Args:
     c: a config as of configs/base.py with objective levljepa.
@@ -64,18 +66,20 @@ def make_step(c, *, compiled):
     weight_decay=c.optim.weight_decay, fused=True,
   )  # fmt: skip
 
-  def step(batch):
-    put = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
-    text, readout = put(batch["text"]).long(), put(batch["mask"].sum(axis=1) - 1)
+  def place(batch):
+    put = lambda x: torch.from_numpy(x).to(device)
+    return put(batch["image"]), put(batch["text"]).long(), put(batch["mask"].sum(axis=1) - 1)
+
+  def step(rows):
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-      loss = forward(put(batch["image"]), text, readout)
+      loss = forward(*rows)
     adamw.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, c.optim.clip)
     adamw.step()
     return loss.detach()
 
-  return step
+  return place, step
 
 
 def sigreg(z, *, slices, knots, t_max, group, rows):

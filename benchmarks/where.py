@@ -3,8 +3,8 @@
 python -m benchmarks.where [--size tiny] [--batch 16] [--image-size 224] [--steps 3]
 
 Traces steps of the compiled program and adds up its instructions' times by what their names in the
-program say. Of a CPU: of one thread that waits for the others. What several classes are fused into
-counts for the class of the fusion's root.
+program say. Of a CPU: of one thread that waits for the others; of a GPU: of its kernels. What
+several classes are fused into counts for the class of the fusion's root.
 """
 
 import argparse
@@ -51,11 +51,14 @@ def traced(take, steps):
     elapsed = 1e3 * (time.perf_counter() - begun) / steps
     (path,) = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
     data = jax.profiler.ProfileData.from_file(path)
-  found = collections.Counter()
-  for plane in data.planes:
+  found, planes = collections.Counter(), list(data.planes)
+  chips = [p for p in planes if p.name.startswith("/device:")]
+  for plane in chips or planes:
     for line in plane.lines:
       for event in line.events:
-        found[event.name.removeprefix("%")] += event.duration_ns / 1e6 / steps
+        # A GPU's event has the name of the kernel, and tells of which instruction it is.
+        name = dict(event.stats).get("hlo_op", event.name) if chips else event.name
+        found[name.removeprefix("%")] += event.duration_ns / 1e6 / steps
   return found, elapsed
 
 
@@ -82,7 +85,7 @@ def main():
 
   c = bench.make_config(args.size, args.batch, args.image_size, keys)
   run = bench.Ours(c)
-  batch = bench.make_batch(c)
+  batch = run.place(bench.make_batch(c))
   text = run.compiled(batch)
   for _ in range(3):
     run.take(batch)
@@ -93,11 +96,11 @@ def main():
     if name in scopes:
       classes[class_of(scopes[name])] += milliseconds
   total = sum(classes.values())
-  print(f"{args.size}, batch {args.batch}: {elapsed:.0f} ms a step while traced\n")
+  print(f"{args.size}, batch {args.batch}: {elapsed:.3g} ms a step while traced\n")
   print("| class | ms | share |\n|---|---|---|")
   for name, milliseconds in classes.most_common():
-    print(f"| {name} | {milliseconds:.0f} | {milliseconds / total:.0%} |")
-  print(f"| between instructions | {elapsed - total:.0f} | |")
+    print(f"| {name} | {milliseconds:.3g} | {milliseconds / total:.0%} |")
+  print(f"| between instructions | {elapsed - total:.3g} | |")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def get_config():
   c.model.scan = True  # one compiled layer in a loop; False: unrolled, same numbers
   c.model.remat = "none"  # none, names, dots, full: what the backward pass recomputes, from nothing
   # to all; auto: as little as the device's memory allows
-  c.model.attention = "short"  # how attention is computed, not what it is: short, xla (any chip),
-  # pallas (TPUs), cudnn (NVIDIA GPUs in bfloat16)
+  c.model.attention = "auto"  # how attention is computed, not what it is: short, xla (any chip),
+  # pallas (TPUs), cudnn (NVIDIA GPUs in bfloat16); auto: cudnn where it can, else short
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
 
   c.text = ConfigDict()

@@ -140,7 +140,7 @@ def build(config, *, training=True, devices=None):
   model = two_tower.from_config(
     config.model, config.text, vocab_size=tokenizer.vocab_size if tokenizer else VOCABULARY,
     dtype=compute_dtype(config.model, mesh.devices.flat[0].platform),
-    scalars=objectives.learned_scalars(config.objective),
+    scalars=objectives.learned_scalars(config.objective), device=mesh.devices.flat[0],
   )  # fmt: skip
   if model.remat == "auto":
     model = model.clone(remat="none")  # shapes and evaluations do not depend on it

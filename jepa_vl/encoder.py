@@ -103,7 +103,7 @@ class Encoder:
     scalars = {name: 0.0 for name, x in loaded["params"].items() if not isinstance(x, dict)}
     self._model = two_tower.from_config(
       config.model, config.text, vocab_size=vocabulary, scalars=scalars,
-      dtype=compute_dtype(config.model, jax.default_backend()),
+      dtype=compute_dtype(config.model, jax.default_backend()), device=jax.devices()[0],
     )  # fmt: skip
     batch = two_tower.dummy_batch(self._model, 1)
     init = lambda: self._model.init(jax.random.key(0), batch, train=False)

@@ -68,27 +68,25 @@ def _row_bytes(config, model, mesh, sides, text_rows):
     attention=model.attention,
   )  # fmt: skip
   images = [two_tower.image_tokens(model, side) for side in sides]
-  kept = lambda n, remat, gelu: _layer_bytes(n, remat, gelu, **kwargs)
-  total = depth * sum(kept(n, model.remat, 4) for n in images)
-  total += depth * text_rows * kept(model.text_length, model.remat, 6)
+  kept = lambda n, remat: _layer_bytes(n, remat, **kwargs)
+  total = depth * sum(kept(n, model.remat) for n in images)
+  total += depth * text_rows * kept(model.text_length, model.remat)
   # The backward pass of one layer holds the whole layer, whatever was kept of it.
-  total += max(
-    sum(kept(n, "none", 4) for n in images), text_rows * kept(model.text_length, "none", 6)
-  )
+  total += max(sum(kept(n, "none") for n in images), text_rows * kept(model.text_length, "none"))
   total += sum(3 * side**2 * (itemsize + 4) for side in sides)  # pixels, and their patches
   layers = (1 + model.predictor_depth) * (len(sides) + 1)
   total += layers * model.hidden_dim * 3 * itemsize
   return total + _objective_bytes(config)
 
 
-def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled, attention):
+def _layer_bytes(tokens, remat, *, width, heads, itemsize, tensor, tiled, attention):
   """What one layer keeps of one row of `tokens` for its backward pass.
 
   Counted from the residuals of `jax.vjp`: "full" keeps the layer's input; "dots" also qkv, the
-  attention's and the MLP's products; "names" the attention's result too; "none" also six float32
-  arrays around the norms, six of the attention's width, `gelu` of the MLP's, and what the
-  attention keeps: logits and probabilities (xla), probabilities, their sums and the float32 result
-  (short), neither of them (pallas, cudnn).
+  attention's and the MLP's products; "names" the attention's result too; "none" also what norms and
+  GELU gave, four numbers of each token's norms, and what the attention keeps: probabilities in
+  float32 and rounded (xla), rounded ones, their sums and the float32 result (short), neither
+  (pallas, cudnn).
   """
   n = _up(tokens, 8) if tiled else tokens
   if remat == "full":
@@ -98,12 +96,11 @@ def _layer_bytes(tokens, remat, gelu, *, width, heads, itemsize, tensor, tiled, 
   if remat == "dots":
     return n * width * itemsize * (2 + 7 / tensor)
   logits = n * (_up(tokens, 128) if tiled else tokens) * heads / tensor
-  inner = width * itemsize * (6 + 4 * gelu) / tensor
   of_attention = {
     "xla": logits * (4 + itemsize), "short": logits * itemsize + n * (heads + width) * 4 / tensor,
     "pallas": 0, "cudnn": 0,
   }  # fmt: skip
-  return n * (width * 6 * 4 + inner) + of_attention[attention]
+  return n * (width * itemsize * (4 + 12 / tensor) + 4 * 4) + of_attention[attention]
 
 
 def _objective_bytes(config):

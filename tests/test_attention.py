@@ -78,5 +78,5 @@ def test_nothing_comes_from_later_tokens():
 
 
 def test_unknown_implementation():
-  with pytest.raises(ValueError, match="model.attention must be one of short, xla, pallas"):
+  with pytest.raises(ValueError, match="model.attention must be one of auto, short, xla, pallas"):
     attention.attend(draw(3), None, causal=False, implementation="flash")

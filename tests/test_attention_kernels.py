@@ -1,5 +1,7 @@
 """The TPU kernels, interpreted, and what cuDNN is given: XLA's numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,12 +102,22 @@ def test_what_is_shown_of_the_inside_is_the_same(config):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), expected, found)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("queries", [0, 1, 9])
-def test_a_token_behind_an_odd_number_changes_nothing(queries, causal):
-  """What cuDNN is given; 0: without a mask, 1: over keys, 9: its own for every query."""
-  qkv, keys = qkv_of(2, 9, 2, 16), jnp.array([4, 9])[:, None, None, None]
-  mask = jnp.arange(9) < jnp.broadcast_to(keys, (2, 1, queries, 1)) if queries else None
-  expected = attention.xla(qkv, mask, causal)
-  found = attention._even(qkv, mask, causal, "xla")
-  np.testing.assert_allclose(found, expected, atol=1e-6)
+@pytest.mark.parametrize("changes", [{}, {"text.readout": "last"}, {"text.length": 12}])
+def test_what_cudnn_is_given(changes, config, monkeypatch):
+  """A token behind an odd number of them, and three products for one, change no number; cuDNN's
+  part itself is computed by XLA here."""
+  monkeypatch.setitem(
+    attention.IMPLEMENTATIONS, "cudnn", functools.partial(attention._cudnn, implementation="xla")
+  )
+  model, other = (
+    build(config, **{"text.length": 11, "model.attention": name, **changes})
+    for name in ("xla", "cudnn")
+  )
+  assert two_tower.image_tokens(model, model.image_size) % 2
+  variables, batch = init(model), example(model)
+  jax.tree.map(np.testing.assert_array_equal, init(other), variables)
+  (out, grads), (out2, grads2) = (loss_and_grads(m, variables, batch) for m in (model, other))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, out2)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), grads, grads2)
+  shown = (two_tower.look_inside(m, variables, batch["image"]) for m in (model, other))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *shown)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jepa_vl import sharding
@@ -14,38 +15,37 @@ from jepa_vl.model import attention_tpu
 PALLAS_LENGTH = 512
 
 
-def xla(qkv, mask, causal):
+def xla(qkv, mask, causal, length):
   """As XLA compiles it: the weights are an array of their own, (B, H, L, L) float32."""
-  return _dot_product_attention(qkv, mask, causal, "xla")
+  q, k, v = parts(qkv)
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask, is_causal=causal, implementation="xla"
+  )
 
 
-def cudnn(qkv, mask, causal):
+def cudnn(qkv, mask, causal, length):
   """cuDNN's flash attention: NVIDIA GPUs, bfloat16, head dimension up to 128."""
-  return _even(qkv, mask, causal, "cudnn")
+  return _cudnn(qkv, mask, causal, length, "cudnn")
 
 
-def _even(qkv, mask, causal, implementation):
-  """Attention over one token more where their number is odd, which JAX (0.10) refuses for cuDNN
-  when it differentiates. No query sees that token."""
-  B, L, *_ = qkv.shape
-  if L % 2 == 0:
-    return _dot_product_attention(qkv, mask, causal, implementation)
-  behind = lambda x, axes: jnp.pad(x, [(0, int(axis in axes)) for axis in range(x.ndim)])
+def _cudnn(qkv, mask, causal, length, implementation):
+  q, k, v = parts(qkv)
   lengths = None
-  if mask is not None:
-    mask = behind(mask, (2, 3) if mask.shape[2] == L else (3,))
-  elif not causal:
-    lengths = jnp.full(B, L, jnp.int32)
-  return _dot_product_attention(behind(qkv, (1,)), mask, causal, implementation, lengths)[:, :L]
+  if length and length < q.shape[1] and mask is None and not causal:
+    lengths = jnp.full(len(q), length, jnp.int32)
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask, is_causal=causal, implementation=implementation,
+    query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+  )  # fmt: skip
 
 
-def pallas(qkv, mask, causal):
+def pallas(qkv, mask, causal, length):
   """Kernels of our own for TPUs (`attention_tpu`), which keep the weights on the chip.
 
   Interpreted on CPUs, slowly; GPUs have none. Masks and long sequences go to `xla`.
   """
   if mask is not None or qkv.shape[1] > PALLAS_LENGTH:
-    return xla(qkv, mask, causal)
+    return xla(qkv, mask, causal, length)
   f = functools.partial(_pallas, causal=causal)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -66,21 +66,18 @@ def _pallas(qkv, causal):
   return out.reshape(B, L, H, K)
 
 
-def _dot_product_attention(qkv, mask, causal, implementation, lengths=None):
-  q, k, v = (qkv[:, :, i] for i in range(3))
-  return jax.nn.dot_product_attention(
-    q, k, v, mask=mask, is_causal=causal, implementation=implementation,
-    query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-  )  # fmt: skip
+def parts(qkv):
+  """Queries, keys and values, (..., L, H, K) each, of what `attend` takes."""
+  return qkv if isinstance(qkv, tuple) else tuple(qkv[..., i, :, :] for i in range(3))
 
 
-def short(qkv, mask, causal):
+def short(qkv, mask, causal, length):
   """XLA's with fewer passes over the weights: they are never divided by their sums, outputs are.
 
   With P = exp(S - max S) and r = 1 / sum P, O = r (P V), and given dO, dV = P^T (r dO) and
   dS = r P * (dO V^T - rowsum(dO * O)): P serves both passes as it is.
   """
-  q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))  # (B, H, L, K)
+  q, k, v = (x.swapaxes(1, 2) for x in parts(qkv))  # (B, H, L, K)
   if causal:
     earlier = jnp.tril(jnp.ones((qkv.shape[1],) * 2, bool))
     mask = earlier if mask is None else mask & earlier
@@ -121,22 +118,66 @@ def _product(spec, a, b):
 
 
 # All compute the same. `short` is the fastest on CPUs and, of the first two, moves less through a
-# TPU's main memory as compiled. `pallas` and `cudnn` were compiled and compared number by number,
-# never timed on a chip; beside remat=names the compiler's own figures see no gain in the kernels.
+# TPU's main memory as compiled; `cudnn` is the fastest on an H200. `pallas` was compiled and
+# compared number by number, never timed on a chip; beside remat=names the compiler's own figures
+# see no gain in it.
 IMPLEMENTATIONS = {"short": short, "xla": xla, "pallas": pallas, "cudnn": cudnn}
 
 
-def attend(qkv, mask, *, causal, implementation):
+# These take queries, keys and values as three arrays: what is cut out of one is copied once more.
+APART = {"cudnn"}
+
+
+def pad(x, mask, implementation):
+  """Tokens x (B, L, W) and their mask as `attend` wants them, for all layers at once.
+
+  JAX refuses to differentiate cuDNN's attention over an odd number of tokens: one more is put
+  behind them, which no mask shows.
+  """
+  L = x.shape[1]
+  if implementation != "cudnn" or L % 2 == 0:
+    return x, mask
+  behind = lambda x, axes: jnp.pad(x, [(0, int(axis in axes)) for axis in range(x.ndim)])
+  if mask is not None:
+    mask = behind(mask, (2, 3) if mask.shape[2] == L else (3,))
+  return behind(x, (1,)), mask
+
+
+def settle(x, implementation):
+  """Tokens (B, L, W) as cuDNN leaves and takes them, each one's numbers together in memory.
+
+  Where it attends, XLA for GPUs (of jax 0.11) else puts the batch last and turns all tokens at
+  every layer norm: the residual stream's traffic doubles.
+  """
+  return with_layout_constraint(x, Layout((0, 1, 2))) if implementation == "cudnn" else x
+
+
+def choose(name, dtype, device):
+  """What `model.attention` = "auto" is on a device: cudnn where it is at hand, else short.
+
+  device: a jax device, or None.
+  """
+  if name != "auto":
+    return name
+  # A GPU that is only compiled for has no cuDNN to ask.
+  nvidia = device and "nvidia" in device.device_kind.lower() and jax.default_backend() == "gpu"
+  knows = nvidia and float(device.compute_capability) >= 8
+  return "cudnn" if knows and dtype == jnp.bfloat16 else "short"
+
+
+def attend(qkv, mask, *, causal, implementation, length=None):
   """Queries, keys and values of all heads, (B, L, 3, H, K) -> (B, L, H, K).
 
+  qkv: one array, or where `implementation` is in APART a tuple of three, (B, L, H, K) each.
   mask: (B, 1, 1 or L, L) bool over keys, True where a query may look, or None; `causal` comes on
-  top of it. implementation: a name of IMPLEMENTATIONS.
+  top of it. implementation: a name of IMPLEMENTATIONS. length: how many of the L tokens are none
+  that `pad` added, if it did.
 
   Raises:
     ValueError: unknown implementation.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
-      f"model.attention must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+      f"model.attention must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
     )
-  return IMPLEMENTATIONS[implementation](qkv, mask, causal)
+  return IMPLEMENTATIONS[implementation](qkv, mask, causal, length)

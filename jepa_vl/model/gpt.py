@@ -76,8 +76,9 @@ class GPT(nn.Module):
       keys = own_caption(position)[:, None]
     # Whole over fsdp, which splits the tokens too; a table split otherwise than what it gives
     # would have XLA make every token's row on every device.
-    table = constrain(embed.embedding.astype(self.dtype), None, "tensor")  # (V, W)
-    x = jnp.take(table, text, axis=0) + positions.astype(self.dtype)
+    table = constrain(embed.embedding, None, "tensor")  # (V, W)
+    # Taken in float32, in which the gradients of a frequent token, EOT first, are then added up.
+    x = (jnp.take(table, text, axis=0) + positions).astype(self.dtype)
     x = constrain(x, "batch", None, None)  # (B, L, W), or (G R, L, W)
 
     block = dict(

@@ -1,5 +1,7 @@
 """The pre-norm transformer block that both towers stack, scanned or unrolled."""
 
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jepa_vl.model.attention import attend
+from jepa_vl.model import attention
 from jepa_vl.sharding import constrain
 
 REMAT = {
@@ -19,11 +21,98 @@ REMAT = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x, tanh):
+  """GELU by erf or by tanh, computed in float32; keeps x alone for the backward pass."""
+  return nn.gelu(x.astype(jnp.float32), approximate=tanh).astype(x.dtype)
+
+
+def _gelu_forward(x, tanh):
+  return gelu(x, tanh), x
+
+
+def _gelu_backward(tanh, x, grad):
+  # Else the compiler takes what is computed again for what the forward pass had, and keeps that.
+  x, grad = jax.lax.optimization_barrier((x, grad))
+  y, pull = jax.vjp(lambda x: nn.gelu(x, approximate=tanh), x.astype(jnp.float32))
+  return (pull(grad.astype(y.dtype))[0].astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale, bias, eps):
+  """Over the last axis, computed in float32; keeps x and two numbers a row for the backward."""
+  return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x, scale, bias, eps):
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(x32, axis=-1, keepdims=True)
+  variance = jnp.maximum(jnp.mean(x32**2, axis=-1, keepdims=True) - mean**2, 0)
+  share = jax.lax.rsqrt(variance + eps)
+  y = (x32 - mean) * (share * scale) + bias
+  return y.astype(x.dtype), (x, scale, mean, share)
+
+
+def _layer_norm_backward(eps, kept, grad):
+  x, scale, mean, share = kept
+  x, mean, share, grad = jax.lax.optimization_barrier((x, mean, share, grad))
+  unit, grad = (x.astype(jnp.float32) - mean) * share, grad.astype(jnp.float32)
+  rows = tuple(range(x.ndim - 1))
+  own = lambda v: jnp.mean(v, axis=-1, keepdims=True)
+  scaled = grad * scale
+  dx = share * (scaled - own(scaled) - unit * own(scaled * unit))
+  return dx.astype(x.dtype), jnp.sum(grad * unit, axis=rows), jnp.sum(grad, axis=rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+  """`nn.LayerNorm` with less kept between forward and backward pass."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    return layer_norm(x, scale, bias, self.eps)
+
+
+class Apart(nn.Module):
+  """`nn.DenseGeneral` from W to (3, ...), of the same parameters; gives the three one by one.
+
+  Three products: cut out of one product's result, each would be copied once more.
+  """
+
+  features: tuple
+  kernel_init: Any
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    W, parts = x.shape[-1], self.features[0]
+    flat = (W, math.prod(self.features))  # as DenseGeneral draws it
+    init = lambda key, shape: self.kernel_init(key, flat).reshape(shape)
+    kernel = self.param("kernel", init, (W, *self.features))
+    bias = self.param("bias", nn.initializers.zeros, self.features)
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    part = lambda i: x @ kernel[:, i].reshape(W, -1) + bias[i].reshape(-1)
+    return tuple(part(i).reshape(*x.shape[:-1], *self.features[1:]) for i in range(parts))
+
+
 class Attention(nn.Module):
-  """Multi-head self-attention; mask: (B, 1, 1 or L, L) bool over keys or None."""
+  """Multi-head self-attention; mask: (B, 1, 1 or L, L) bool over keys or None.
+
+  length: tokens of a row; what lies behind them is padding that none of them sees.
+  """
 
   heads: int
   causal: bool
+  length: int
   implementation: str
   kernel_init: Any
   out_init: Any
@@ -33,9 +122,12 @@ class Attention(nn.Module):
   def __call__(self, x, mask):
     W = x.shape[-1]
     shape = (3, self.heads, W // self.heads)
-    qkv = nn.DenseGeneral(shape, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
+    dense = Apart if self.implementation in attention.APART else nn.DenseGeneral
+    qkv = dense(shape, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
     qkv = checkpoint_name(qkv, "qkv")
-    x = attend(qkv, mask, causal=self.causal, implementation=self.implementation)  # (B, L, H, K)
+    x = attention.attend(
+      qkv, mask, causal=self.causal, implementation=self.implementation, length=self.length
+    )  # (B, L, H, K)
     x = checkpoint_name(x, "attention")
     return nn.DenseGeneral(
       W, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="out"
@@ -55,15 +147,16 @@ class Mlp(nn.Module):
     W = x.shape[-1]
     x = nn.Dense(4 * W, kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x)
     x = checkpoint_name(x, "up")
-    x = nn.gelu(x, approximate=self.gelu_tanh)
+    x = gelu(x, self.gelu_tanh)
     return nn.Dense(W, kernel_init=self.out_init, dtype=self.dtype, name="down")(x)
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); x: (B, L, W)."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); x: (B, L, W), `length` as of Attention."""
 
   heads: int
   causal: bool
+  length: int
   attention: str
   gelu_tanh: bool
   norm_eps: float
@@ -73,14 +166,15 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask):
-    norm = lambda name: nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name=name)
+    norm = lambda name: LayerNorm(self.norm_eps, name=name)
     attn = Attention(
-      self.heads, self.causal, self.attention, self.kernel_init, self.out_init, self.dtype,
-      name="attn",
+      self.heads, self.causal, self.length, self.attention, self.kernel_init, self.out_init,
+      self.dtype, name="attn",
     )  # fmt: skip
     mlp = Mlp(self.gelu_tanh, self.kernel_init, self.out_init, self.dtype, name="mlp")
-    x = constrain(x, "batch", None, None)
-    x = checkpoint_name(x + attn(norm("attn_norm")(x), mask), "residual")
+    settle = functools.partial(attention.settle, implementation=self.attention)
+    x = settle(constrain(x, "batch", None, None))
+    x = checkpoint_name(settle(x + attn(norm("attn_norm")(x), mask)), "residual")
     x = x + mlp(norm("mlp_norm")(x))
     return x, None  # the pair that nn.scan wants
 
@@ -113,7 +207,9 @@ class Blocks(nn.Module):
       length=self.depth,
       unroll=1 if self.scan else self.depth,
     )
-    return blocks(**self.block, name="blocks")(x, mask)[0]
+    length = x.shape[1]
+    x, mask = attention.pad(x, mask, self.block["attention"])
+    return blocks(**self.block, length=length, name="blocks")(x, mask)[0][:, :length]
 
 
 def resample_positions(table, grid):

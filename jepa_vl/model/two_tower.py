@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jepa_vl.model import attention
 from jepa_vl.model.gpt import GPT
 from jepa_vl.model.heads import Head
 from jepa_vl.model.vit import STATISTICS, ViT, kept_patches, normalise
@@ -137,10 +138,11 @@ class TwoTower(nn.Module):
     return {"views": views, "z_img": mean, "p_img": p, "cls": cls[:, 0]}
 
 
-def from_config(model, text, *, vocab_size, dtype, scalars):
+def from_config(model, text, *, vocab_size, dtype, scalars, device=None):
   """TwoTower from the config's `model` and `text` sub-trees.
 
-  scalars: {name: initial value} of what `objectives.learned_scalars` asks for.
+  scalars: {name: initial value} of what `objectives.learned_scalars` asks for. device: one of those
+  that compute, for what `model.attention` leaves to it.
 
   Raises:
     ValueError: the patch does not divide the image.
@@ -168,7 +170,7 @@ def from_config(model, text, *, vocab_size, dtype, scalars):
     readout=text.readout,
     scan=model.scan,
     remat=model.remat,
-    attention=model.attention,
+    attention=attention.choose(model.attention, dtype, device),
     dtype=dtype,
   )
 
@@ -201,12 +203,15 @@ def look_inside(model, variables, images):
     capture_intermediates=lambda module, _: module.name in ("blocks", "qkv"),
   )  # fmt: skip
   found = found["intermediates"]["image"]["tower"]["blocks"]
-  ((tokens, _),) = found["__call__"]  # (depth, B, 1 + N, W)
-  (qkv,) = found["attn"]["qkv"]["__call__"]  # (depth, B, 1 + N, 3, H, K)
-  q, k = (qkv[-1, :, :, i].astype(jnp.float32) for i in range(2))
+  ((tokens, _),) = found["__call__"]  # (depth, B, 1 + N, W), of padding too
+  (qkv,) = found["attn"]["qkv"]["__call__"]
+  _, H, W, _ = images.shape
+  own = slice(1 + (H // model.patch_size) * (W // model.patch_size))
+  q, k = (x[-1, :, own].astype(jnp.float32) for x in attention.parts(qkv)[:2])
   scores = jnp.einsum("bhk,blhk->bhl", q[:, 0], k) / q.shape[-1] ** 0.5
-  attention = jax.nn.softmax(scores, axis=-1)[..., 1:]
-  return {"layers": tokens[:, :, 1:].swapaxes(0, 1).astype(jnp.float32), "attention": attention}
+  weights = jax.nn.softmax(scores, axis=-1)[..., 1:]
+  layers = tokens[:, :, own][:, :, 1:].swapaxes(0, 1).astype(jnp.float32)
+  return {"layers": layers, "attention": weights}
 
 
 def image_tokens(model, side):
