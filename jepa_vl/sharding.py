@@ -80,6 +80,11 @@ def batch_shards(mesh):
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def axis_size(name):
+  """Devices along an axis of the mesh that is set, 1 where none is."""
+  return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
 def constrain(x, *axes):
   """Pins an activation's layout; "batch" stands for the data axes. A no-op without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -105,9 +105,12 @@ def jit_train_step(train_step, abstract_state, mesh):
   state = jax.tree.map(lambda x: x.sharding, abstract_state)
   replicated = NamedSharding(mesh, P())
   rows = NamedSharding(mesh, P(sharding.BATCH))
+  # XLA's own products for GPUs leave biases and residuals to passes of their own; cuBLAS adds them.
+  nvidia = mesh.devices.flat[0].platform in ("gpu", "cuda")
   return jax.jit(
     train_step,
     in_shardings=(state, rows),
     out_shardings=(state, replicated),
     donate_argnums=0,
+    compiler_options={"xla_gpu_enable_triton_gemm": False} if nvidia else None,
   )

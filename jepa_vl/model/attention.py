@@ -8,7 +8,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jepa_vl import sharding
-from jepa_vl.model import attention_tpu
+from jepa_vl.model import attention_gpu, attention_tpu
 
 # Up to here a sequence fits into the vector memory of a v5e, v5p or v6e at the width of any of our
 # sizes; beyond, what is kept on the chip is better cut into blocks.
@@ -40,9 +40,11 @@ def _cudnn(qkv, mask, causal, length, implementation):
 
 
 def pallas(qkv, mask, causal, length):
-  """Kernels of our own for TPUs (`attention_tpu`), which keep the weights on the chip.
+  """Kernels of our own for TPUs (`attention_tpu`) and NVIDIA GPUs (`attention_gpu`), which keep the
+  weights on the chip.
 
-  Interpreted on CPUs, slowly; GPUs have none. Masks and long sequences go to `xla`.
+  Interpreted on CPUs, slowly. Masks and long sequences go to `xla`; so does, on GPUs, what is not
+  bfloat16.
   """
   if mask is not None or qkv.shape[1] > PALLAS_LENGTH:
     return xla(qkv, mask, causal, length)
@@ -58,12 +60,20 @@ def pallas(qkv, mask, causal, length):
 
 def _pallas(qkv, causal):
   B, L, _, H, K = qkv.shape
-  kernel = lambda interpret: lambda x: attention_tpu.attention(x, H, causal, interpret)
+
+  def tpu(qkv, interpret=False):
+    out = attention_tpu.attention(qkv.reshape(B, L, 3 * H * K), H, causal, interpret)
+    return out.reshape(B, L, H, K)
+
+  def cuda(qkv):
+    if attention_gpu.takes(qkv):
+      return attention_gpu.attention(qkv, causal, False)
+    return xla(qkv, None, causal, L)
+
   # Not by the default backend: a program may be compiled for chips that are not here.
-  out = jax.lax.platform_dependent(
-    qkv.reshape(B, L, 3 * H * K), tpu=kernel(False), cpu=kernel(True)
+  return jax.lax.platform_dependent(
+    qkv, tpu=tpu, cuda=cuda, cpu=functools.partial(tpu, interpret=True)
   )
-  return out.reshape(B, L, H, K)
 
 
 def parts(qkv):
@@ -143,13 +153,14 @@ def pad(x, mask, implementation):
   return behind(x, (1,)), mask
 
 
-def settle(x, implementation):
-  """Tokens (B, L, W) as cuDNN leaves and takes them, each one's numbers together in memory.
+def settle(x):
+  """Tokens (B, L, W), on NVIDIA GPUs with each one's numbers together in memory.
 
-  Where it attends, XLA for GPUs (of jax 0.11) else puts the batch last and turns all tokens at
-  every layer norm: the residual stream's traffic doubles.
+  XLA (of jax 0.11) there else puts the batch last and turns all tokens at every layer norm: the
+  residual stream's traffic doubles.
   """
-  return with_layout_constraint(x, Layout((0, 1, 2))) if implementation == "cudnn" else x
+  in_rows = lambda x: with_layout_constraint(x, Layout((0, 1, 2)))
+  return jax.lax.platform_dependent(x, cuda=in_rows, default=lambda x: x)
 
 
 def choose(name, dtype, device):

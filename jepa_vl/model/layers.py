@@ -1,7 +1,6 @@
 """The pre-norm transformer block that both towers stack, scanned or unrolled."""
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jepa_vl import sharding
 from jepa_vl.model import attention
 from jepa_vl.sharding import constrain
 
@@ -89,26 +89,34 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.eps)
 
 
-class Apart(nn.Module):
-  """`nn.DenseGeneral` from W to (3, ...), of the same parameters; gives the three one by one.
+class Qkv(nn.Module):
+  """`nn.DenseGeneral` from W to (3, H, K); apart: its three parts as arrays of their own.
 
-  Three products: cut out of one product's result, each would be copied once more.
+  Three products then: cut out of one product's result, each part would be copied once more.
   """
 
-  features: tuple
+  heads: int
+  apart: bool
   kernel_init: Any
   dtype: Any
 
   @nn.compact
   def __call__(self, x):
-    W, parts = x.shape[-1], self.features[0]
-    flat = (W, math.prod(self.features))  # as DenseGeneral draws it
-    init = lambda key, shape: self.kernel_init(key, flat).reshape(shape)
-    kernel = self.param("kernel", init, (W, *self.features))
-    bias = self.param("bias", nn.initializers.zeros, self.features)
+    W = x.shape[-1]
+    shape = (3, self.heads, W // self.heads)
+    flat = lambda key, shape: self.kernel_init(key, (W, 3 * W)).reshape(shape)  # as DenseGeneral
+    kernel = self.param("kernel", flat, (W, *shape))
+    bias = self.param("bias", nn.initializers.zeros, shape)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    part = lambda i: x @ kernel[:, i].reshape(W, -1) + bias[i].reshape(-1)
-    return tuple(part(i).reshape(*x.shape[:-1], *self.features[1:]) for i in range(parts))
+    # With the bias along one axis XLA for GPUs adds it within the product.
+    dense = lambda kernel, bias: x @ kernel.reshape(W, -1) + bias.reshape(-1)
+    if self.apart:
+      parts = (dense(kernel[:, i], bias[i]) for i in range(3))
+      return tuple(part.reshape(*x.shape[:-1], *shape[1:]) for part in parts)
+    if sharding.axis_size("tensor") == 1:
+      return dense(kernel, bias).reshape(*x.shape[:-1], *shape)
+    # Heads stay with their devices.
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias
 
 
 class Attention(nn.Module):
@@ -128,9 +136,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, mask):
     W = x.shape[-1]
-    shape = (3, self.heads, W // self.heads)
-    dense = Apart if self.implementation in attention.APART else nn.DenseGeneral
-    qkv = dense(shape, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
+    apart = self.implementation in attention.APART
+    qkv = Qkv(self.heads, apart, self.kernel_init, self.dtype, name="qkv")(x)
     qkv = checkpoint_name(qkv, "qkv")
     x = attention.attend(
       qkv, mask, causal=self.causal, implementation=self.implementation, length=self.length
@@ -179,9 +186,9 @@ class Block(nn.Module):
       self.dtype, name="attn",
     )  # fmt: skip
     mlp = Mlp(self.gelu_tanh, self.kernel_init, self.out_init, self.dtype, name="mlp")
-    settle = functools.partial(attention.settle, implementation=self.attention)
-    x = settle(constrain(x, "batch", None, None))
-    x = checkpoint_name(settle(x + attn(norm("attn_norm")(x), mask)), "residual")
+    x = attention.settle(constrain(x, "batch", None, None))
+    x = attention.settle(x + attn(norm("attn_norm")(x), mask))
+    x = checkpoint_name(x, "residual")
     x = x + mlp(norm("mlp_norm")(x))
     return x, None  # the pair that nn.scan wants
 
