@@ -38,7 +38,8 @@ SILENT = "process {} on " + HOST + " has given no sign of life for 8 s"
   ("name", "victim", "words"),
   [
     ("SIGKILL", 2, SILENT.format(2)),
-    ("SIGSTOP", 0, SILENT.format(0)),  # with it, all that the others could ask stands still
+    # With it, all that the others could ask stands still.
+    pytest.param("SIGSTOP", 0, SILENT.format(0), marks=pytest.mark.slow),
     pytest.param("SIGSTOP", 1, SILENT.format(1), marks=pytest.mark.slow),
     # The others' connection breaks at once.
     pytest.param(
@@ -111,6 +112,7 @@ except ValueError as e:
     assert "code of jepa_vl: version 0 there, version 1 here" in result.output
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_process_saves_the_same_step_everywhere(tmp_path):
   """SIGTERM to one of 4; then 1 process, then 2: the losses of a run that nothing disturbed."""
   flags = [*SMALL, NO_EVALS, "--config.steps=40"]

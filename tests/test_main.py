@@ -122,7 +122,7 @@ def test_the_canonical_config_without_data_says_what_to_do(tmp_path):
   assert "data.path" in output and "README" in output and "configs/tiny.py" in output
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_while_saving_and_resumed_equals_straight(tmp_path, kills):
   """kill -9 at random moments of saves, then a full disk: all losses to the last bit."""
   cache = {

@@ -145,6 +145,7 @@ def compare(config, folder, places):
   assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_ten_steps_as_one_device(config, tmp_path):
   compare(config, tmp_path, IN_THE_SUITE)
 

@@ -55,7 +55,7 @@ def test_shapes(config):
 @pytest.mark.parametrize("changes", [
   {"model.scan": False},
   {"model.remat": "full"},
-  {"model.remat": "dots"},
+  pytest.param({"model.remat": "dots"}, marks=pytest.mark.slow),
   {"model.remat": "names"},
   {"model.remat": "full", "model.scan": False},
 ])

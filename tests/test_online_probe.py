@@ -121,6 +121,7 @@ def test_rows_may_lie_on_eight_devices():
   assert len(eight[0].sharding.device_set) == 8
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_if_never_stopped(config, tmp_path):
   config.log_every, config.steps, config.checkpoint_every = 1, 4, 2
   assert train.train(config, str(tmp_path / "straight")) == 0

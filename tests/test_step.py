@@ -1,5 +1,6 @@
 """The train step: equal under every mesh, accumulation as defined, stop-gradient that stops."""
 
+import functools
 import math
 import re
 
@@ -84,7 +85,8 @@ def with_gradient(name, leaf):
     pytest.param("", MESHES[0], marks=pytest.mark.slow),
     *[("", sizes) for sizes in MESHES[1:]],
     pytest.param("plus", MESHES[2], marks=pytest.mark.slow),
-    *[(p, MESHES[2]) for p in ("clip", "siglip")],
+    ("clip", MESHES[2]),
+    pytest.param("siglip", MESHES[2], marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -103,7 +105,8 @@ def test_sharded_equals_single_device(config, mesh_sizes, preset):
     np.testing.assert_allclose(metrics2[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
   def close(path, a, b):
-    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=sharding.path_name(path))
+    atol = 1e-5 * max(1, np.abs(b).max(initial=0))  # a float32 sum errs by its largest terms
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5, err_msg=sharding.path_name(path))
 
   jax.tree_util.tree_map_with_path(close, adam_gradients(alone), adam_gradients(sharded))
   jax.tree_util.tree_map_with_path(close, alone.batch_stats, jax.device_get(sharded.batch_stats))
@@ -127,6 +130,7 @@ def test_sharded_equals_single_device(config, mesh_sizes, preset):
   assert moved > 20
 
 
+@pytest.mark.slow
 def test_options_that_save_are_the_same_on_every_mesh(config):
   """Patches are drawn and matrices orthogonalised as on one device."""
   config.model.update({"image_size": 32, "patch_dropout": 0.5})
@@ -222,10 +226,12 @@ def test_predictor_dropout_acts_on_predictions_in_training_alone(config):
     run = build(config)
     state = state_lib.init_state(run.model, run.tx, run.mesh, 0)
     batch = example(config, run.model.vocab_size)
-    apply = lambda train, key, run=run, state=state, batch=batch: run.model.apply(
-      state.variables, batch, train=train, mutable="batch_stats",
-      rngs={"dropout": jax.random.key(key)},
-    )[0]  # fmt: skip
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(train, key, run=run, variables=state.variables, batch=batch):
+      rngs = {"dropout": jax.random.key(key)}
+      return run.model.apply(variables, batch, train=train, mutable="batch_stats", rngs=rngs)[0]
+
     outs[rate] = [apply(True, 0), apply(True, 1), apply(False, 0)]
   same = lambda a, b, names: all(jnp.allclose(a[k], b[k], atol=1e-6) for k in names)
   z, p = ("z_img", "z_txt"), ("p_img", "p_txt")

@@ -67,7 +67,8 @@ def test_a_stop_in_the_final_evaluation_asks_to_be_started_again(config, tmp_pat
   assert (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("preset", ["plus", pytest.param("siglip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["plus", "siglip"])
 def test_the_other_objectives_train_resume_and_are_evaluated(config, tmp_path, preset, capsys):
   """In micro-batches, stopped and gone on with, evaluated on the way, alone and by the encoder."""
   presets.apply(config, preset)

@@ -80,6 +80,7 @@ def test_a_copy_that_fails_names_the_file_and_keeps_it(store):
   assert path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_at_an_address_goes_on_from_there(store, config):
   """Trained, stopped, gone on with on a machine without the first one's files, and opened."""
   config.mesh.data, config.log_every, config.checkpoint_every = -1, 1, 2

@@ -87,19 +87,20 @@ def short(qkv, mask, causal, length):
   With P = exp(S - max S) and r = 1 / sum P, O = r (P V), and given dO, dV = P^T (r dO) and
   dS = r P * (dO V^T - rowsum(dO * O)): P serves both passes as it is.
   """
-  q, k, v = (x.swapaxes(1, 2) for x in parts(qkv))  # (B, H, L, K)
   if causal:
     earlier = jnp.tril(jnp.ones((qkv.shape[1],) * 2, bool))
     mask = earlier if mask is None else mask & earlier
-  return _short(q * q.shape[-1] ** -0.5, k, v, mask).swapaxes(1, 2)
+  return _short(qkv, mask)
 
 
 @jax.custom_vjp
-def _short(q, k, v, mask):
-  return _short_forward(q, k, v, mask)[0]
+def _short(qkv, mask):
+  return _short_forward(qkv, mask)[0]
 
 
-def _short_forward(q, k, v, mask):
+def _short_forward(qkv, mask):
+  q, k, v = (x.swapaxes(1, 2) for x in parts(qkv))  # (B, H, L, K)
+  q = q * q.shape[-1] ** -0.5
   scores = _product("bhlk,bhmk->bhlm", q, k)
   if mask is not None:
     scores = jnp.where(mask, scores, -0.7 * jnp.finfo(jnp.float32).max)
@@ -107,17 +108,21 @@ def _short_forward(q, k, v, mask):
   share = 1 / weights.sum(axis=-1, keepdims=True)
   weights = weights.astype(v.dtype)
   out = _product("bhlm,bhmk->bhlk", weights, v) * share
-  return out.astype(v.dtype), (q, k, v, weights, share, out)
+  return out.astype(v.dtype).swapaxes(1, 2), (q, k, v, weights, share, out)
 
 
 def _short_backward(kept, grad):
   q, k, v, weights, share, out = kept
-  dv = _product("bhlm,bhlk->bhmk", weights, (grad * share).astype(v.dtype))
+  grad = grad.swapaxes(1, 2)
+  # Sums over the rows of weights, as products of which these are the second: on CPUs up to twice as
+  # fast as with them turned.
+  dv = _product("bhlk,bhlm->bhkm", (grad * share).astype(v.dtype), weights)
   own = jnp.sum(grad * out, axis=-1, keepdims=True)  # of float32: it is taken from its like
   ds = (weights * share * (_product("bhlk,bhmk->bhlm", grad, v) - own)).astype(v.dtype)
-  dq = _product("bhlm,bhmk->bhlk", ds, k)
-  dk = _product("bhlm,bhlk->bhmk", ds, q)
-  return (*(x.astype(v.dtype) for x in (dq, dk, dv)), None)
+  dq = _product("bhlm,bhmk->bhlk", ds, k) * q.shape[-1] ** -0.5
+  dk = _product("bhlk,bhlm->bhkm", q, ds)
+  by_token = [dq.transpose(0, 2, 1, 3), dk.transpose(0, 3, 1, 2), dv.transpose(0, 3, 1, 2)]
+  return jnp.stack([x.astype(v.dtype) for x in by_token], axis=2), None  # (B, L, 3, H, K)
 
 
 _short.defvjp(_short_forward, _short_backward)

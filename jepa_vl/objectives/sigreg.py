@@ -17,9 +17,10 @@ from jepa_vl import sharding
 # one chunk's cos and sin stay in a core's cache at a batch of 256.
 CHUNK = 64
 
-# On accelerators chunks are joined until a device has about this many projections of its rows at
-# once: there the number of small operations, and of sums over devices, is what takes time.
-PROJECTIONS = 2**20
+# Chunks are joined until a device has about this many projections of its rows at once. On
+# accelerators the number of small operations, and of sums over devices, is what takes time; on a
+# CPU more slices make up for fewer rows.
+PROJECTIONS, PROJECTIONS_ON_CPU = 2**20, 2**14
 
 # Float32 means float32 on every chip: TPUs and recent GPUs would multiply in less.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -104,16 +105,18 @@ _statistic.defvjp(_statistic_fwd, _statistic_bwd)
 def _scan_chunks(z, A, knots, t_max, with_gradient):
   """Sums value (and d value / d z) over chunks of slices; no (B, M) array need exist."""
   scan = functools.partial(_scan, knots=knots, t_max=t_max, with_gradient=with_gradient)
-  wide = lambda z, A: scan(z, _joined(A, z.shape[0] * z.shape[1]))
-  return jax.lax.platform_dependent(z, A, cpu=scan, default=wide)
+  joined = lambda most: lambda z, A: scan(z, _joined(A, z.shape[0] * z.shape[1], most))
+  return jax.lax.platform_dependent(
+    z, A, cpu=joined(PROJECTIONS_ON_CPU), default=joined(PROJECTIONS)
+  )
 
 
-def _joined(A, rows):
+def _joined(A, rows, projections):
   """The same directions in fewer, larger chunks: a power of two of them becomes one."""
   mesh = jax.sharding.get_abstract_mesh()
   rows = max(rows // (1 if mesh.empty else sharding.batch_shards(mesh)), 1)
   chunks, D, chunk = A.shape
-  most = 1 << max((PROJECTIONS // (rows * chunk)).bit_length() - 1, 0)
+  most = 1 << max((projections // (rows * chunk)).bit_length() - 1, 0)
   join = math.gcd(chunks, most)
   return A.reshape(-1, join, D, chunk).swapaxes(1, 2).reshape(-1, D, join * chunk)
 
