@@ -1,5 +1,7 @@
 """Every way to compute attention gives the same outputs and gradients."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,17 @@ def test_nothing_comes_from_later_tokens():
 def test_unknown_implementation():
   with pytest.raises(ValueError, match="model.attention must be one of auto, short, xla, pallas"):
     attention.attend(draw(3), None, causal=False, implementation="flash")
+
+
+def test_auto_takes_cudnn_where_it_is(monkeypatch):
+  gpu = lambda capability, kind="NVIDIA H200": types.SimpleNamespace(
+    device_kind=kind, compute_capability=capability
+  )
+  choose = lambda device, dtype=jnp.bfloat16, name="auto": attention.choose(name, dtype, device)
+  assert choose(gpu("9.0")) == "short"  # only compiled for: the backend here is a CPU's
+  assert choose(jax.devices()[0]) == choose(None) == "short"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert choose(gpu("9.0")) == "cudnn"
+  assert choose(gpu("7.5")) == choose(gpu("9.0"), jnp.float32) == "short"
+  assert choose(gpu("9.0", "AMD Instinct MI300X")) == "short"
+  assert choose(gpu("9.0"), name="xla") == "xla"

@@ -1,4 +1,4 @@
-"""The TPU kernels, interpreted, and what cuDNN is given: XLA's numbers."""
+"""The kernels for TPUs and GPUs, interpreted, and what cuDNN is given: XLA's numbers."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from test_model import build, example, init, loss_and_grads
 
 from jepa_vl import sharding
-from jepa_vl.model import attention, two_tower
+from jepa_vl.model import attention, attention_gpu, two_tower
 
 
 def qkv_of(rows, length, heads, size, dtype=jnp.float32):
@@ -121,3 +121,38 @@ def test_what_cudnn_is_given(changes, config, monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), grads, grads2)
   shown = (two_tower.look_inside(m, variables, batch["image"]) for m in (model, other))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *shown)
+
+
+@pytest.mark.parametrize(("length", "causal"), [
+  (197, False),  # three whole blocks and five rows more
+  (77, True), (64, True), (130, True), (37, False), (16, False),
+])  # fmt: skip
+def test_the_gpu_kernels_equal_xla(length, causal):
+  """Where the last block reaches back over rows of the one before, these count once."""
+  qkv = qkv_of(2, length, 2, 16)
+  grad = jax.random.normal(jax.random.key(1), (2, length, 2, 16))
+  results = []
+  for f in (
+    lambda x: attention.xla(x, None, causal, length),
+    lambda x: attention_gpu.attention(x, causal, True),
+  ):
+    out, pull = jax.vjp(jax.jit(f), qkv)
+    results.append((out, pull(grad)[0]))
+  for a, b in zip(*reversed(results), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_what_the_gpu_kernels_take():
+  shape = lambda L, K, dtype: jax.ShapeDtypeStruct((2, L, 3, 4, K), dtype)
+  assert attention_gpu.takes(shape(197, 64, jnp.bfloat16))
+  assert not attention_gpu.takes(shape(15, 64, jnp.bfloat16))
+  assert not attention_gpu.takes(shape(197, 80, jnp.bfloat16))  # ViT-H's heads
+  assert not attention_gpu.takes(shape(197, 64, jnp.float32))
+
+
+def test_the_gpu_kernels_in_bfloat16_are_as_near_to_float32_as_xlas_own():
+  qkv = qkv_of(2, 77, 2, 64, jnp.bfloat16)
+  exact = attention.xla(qkv.astype(jnp.float32), None, True, 77)
+  error = lambda out: np.abs(np.asarray(out, np.float32) - exact).mean()
+  ours = error(jax.jit(lambda x: attention_gpu.attention(x, True, True))(qkv))
+  assert 0 < ours < 1.1 * error(attention.xla(qkv, None, True, 77))

@@ -1,5 +1,8 @@
 """Towers and heads: shapes, causality, padding, one set of numbers however layers are compiled."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,3 +260,40 @@ def test_canonical_model_has_the_published_size():
   assert two_tower.forward_flops(model) == pytest.approx(48.5e9, rel=0.005)
   views = (224,) * 2 + (96,) * 4  # what README says of vit_b_plus
   assert two_tower.forward_flops(model, views) == pytest.approx(109e9, rel=0.005)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gelu_is_the_librarys(tanh):
+  x = jnp.linspace(-6, 6, 1001)
+  ours, theirs = (
+    jax.vjp(f, x)[0] for f in (lambda x: layers.gelu(x, tanh), lambda x: nn.gelu(x, tanh))
+  )
+  np.testing.assert_allclose(ours, theirs, atol=1e-6)
+  ours, theirs = (
+    jax.grad(lambda x, f=f: f(x).sum())(x)
+    for f in (lambda x: layers.gelu(x, tanh), lambda x: nn.gelu(x, tanh))
+  )
+  np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_layer_norm_is_flaxs():
+  x = 3 + 2 * jax.random.normal(jax.random.key(0), (4, 5, 24))
+  grad = jax.random.normal(jax.random.key(1), x.shape)
+  found = []
+  for norm in (layers.LayerNorm(1e-5), nn.LayerNorm(epsilon=1e-5)):
+    variables = norm.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda p: p + jnp.linspace(0, 1, 24), variables)
+    y, pull = jax.vjp(norm.apply, variables, x)
+    found.append((y, *pull(grad)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
+
+
+def test_gradients_of_a_frequent_token_are_added_in_float32(config):
+  """In bfloat16 the EOT token's sum over a batch would stand still at 256 times what is added."""
+  model = build(config).clone(dtype=jnp.bfloat16)
+  variables, batch = init(model), example(model)
+  loss = lambda v: model.apply(v, batch, train=True, mutable=["batch_stats"])[0]["p_txt"].sum()
+  table = variables["params"]["text"]["token_embedding"]["embedding"].shape
+  text = str(jax.make_jaxpr(jax.grad(loss))(variables))
+  sums = re.findall(rf"(\w+)\[{table[0]},{table[1]}\] = scatter-add", text)
+  assert sums and set(sums) == {"f32"}
