@@ -151,6 +151,7 @@ def test_a_stop_that_takes_the_workers_along_asks_to_be_started_again(tmp_path):
   assert all("Traceback" not in r.output for r in results)
 
 
+@pytest.mark.slow
 def test_evaluation_is_shared_and_the_same(tmp_path):
   """On 2 processes of 2 devices each as on one: every figure, decoded in halves."""
   config = tmp_path / "few.py"

@@ -186,6 +186,7 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(tmp_path, name):
   assert max(losses(tmp_path)) == max(saved) + 1
 
 
+@pytest.mark.slow
 def test_another_architecture_or_data_set_is_refused(tmp_path):
   assert run(f"--workdir={tmp_path}", *NO_EVALS, "--config.steps=1")[0] == 0
   status, output = run(
