@@ -19,8 +19,8 @@ CHUNK = 64
 
 # Chunks are joined until a device has about this many projections of its rows at once. On
 # accelerators the number of small operations, and of sums over devices, is what takes time; on a
-# CPU more slices make up for fewer rows.
-PROJECTIONS, PROJECTIONS_ON_CPU = 2**20, 2**14
+# CPU more slices make up for fewer rows than 1024: its cores share larger arrays alone.
+PROJECTIONS, PROJECTIONS_ON_CPU = 2**20, 2**16
 
 # Float32 means float32 on every chip: TPUs and recent GPUs would multiply in less.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
