@@ -19,7 +19,7 @@ from jepa_vl.model import language
 
 END, NOTHING = "<end>", "nothing"  # NOTHING: what is said of an empty slot
 WIDTH, DEPTH, HEAD = 64, 3, 32
-STEPS, BATCH, LR, WARMUP = 1500, 64, 2e-3, 50
+STEPS, BATCH, LR, WARMUP = 3000, 64, 2e-3, 50
 NOISE = 0.3  # in the slots, as a share of the token vectors' scale, at most: no bridge is exact
 
 
