@@ -60,7 +60,7 @@ def test_shapes(config):
   {"model.remat": "full"},
   pytest.param({"model.remat": "dots"}, marks=pytest.mark.slow),
   {"model.remat": "names"},
-  {"model.remat": "full", "model.scan": False},
+  pytest.param({"model.remat": "full", "model.scan": False}, marks=pytest.mark.slow),
 ])
 def test_scan_unroll_and_remat_give_the_same_numbers(config, changes):
   """From the same parameters: one layout serves all of them."""

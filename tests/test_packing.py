@@ -235,7 +235,8 @@ def step(config, mesh_sizes, batch, start):
 
 
 @pytest.mark.parametrize(("preset", "accumulate", "mesh_sizes"), [
-  ("", 2, MESHES[0]), ("clip", 1, MESHES[2]), ("siglip", 1, MESHES[0]),
+  ("", 2, MESHES[0]), ("clip", 1, MESHES[2]),
+  pytest.param("siglip", 1, MESHES[0], marks=pytest.mark.slow),
   pytest.param("plus", 1, MESHES[1], marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_packed_on_a_mesh_equals_unpacked_on_one_device(config, preset, accumulate, mesh_sizes):

@@ -85,8 +85,7 @@ def with_gradient(name, leaf):
     pytest.param("", MESHES[0], marks=pytest.mark.slow),
     *[("", sizes) for sizes in MESHES[1:]],
     pytest.param("plus", MESHES[2], marks=pytest.mark.slow),
-    ("clip", MESHES[2]),
-    pytest.param("siglip", MESHES[2], marks=pytest.mark.slow),
+    *(pytest.param(p, MESHES[2], marks=pytest.mark.slow) for p in ("clip", "siglip")),
   ],
   ids=str,
 )
