@@ -186,8 +186,8 @@ def attend(qkv, mask, *, causal, implementation, length=None):
 
   qkv: one array, or where `implementation` is in APART a tuple of three, (B, L, H, K) each.
   mask: (B, 1, 1 or L, L) bool over keys, True where a query may look, or None; `causal` comes on
-  top of it. implementation: a name of IMPLEMENTATIONS. length: how many of the L tokens are none
-  that `pad` added, if it did.
+  top of it. implementation: a name of IMPLEMENTATIONS. length: the tokens before those that `pad`
+  put behind them; None: all.
 
   Raises:
     ValueError: unknown implementation.
