@@ -52,6 +52,8 @@ def get_config():
   # to all; auto: as little as the device's memory allows
   c.model.attention = "auto"  # how attention is computed, not what it is: short, xla (any chip),
   # pallas (TPUs), cudnn (NVIDIA GPUs in bfloat16); auto: cudnn where it can, else short
+  c.model.pointwise = "auto"  # how norms and GELU are computed, likewise: xla (any chip), pallas
+  # (NVIDIA GPUs in bfloat16); auto: pallas where it can, else xla
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU
 
   c.text = ConfigDict()

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 BLOCK = 64  # rows; a power of two, as Triton wants it
-WARPS, STAGES = 4, 2
+WARPS = 4
 SHORTEST = 16  # tokens of a sequence, and rows of a block: what a tensor core takes
 
 _NEVER = -1e30  # a logit whose weight is 0; finite, so that no row's maximum is infinite
@@ -41,20 +41,22 @@ def attention(qkv, causal, interpret):
 def _attention_fwd(qkv, causal, interpret):
   B, L, _, H, K = qkv.shape
   out = jax.ShapeDtypeStruct((B, L, H, K), qkv.dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)
-  out, total = _call(_forward, (qkv,), out, causal, interpret)
+  out, total = _call(_forward, (qkv,), out, causal, interpret, stages=2)
   return out, (qkv, out, total)
 
 
 def _attention_bwd(causal, interpret, kept, grad):
   qkv, out, total = kept
-  (dqkv,) = _call(_backward, (qkv, out, grad, total), (qkv,), causal, interpret)
+  own = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+  kernel, stages = (_backward_short, 2) if len(_parts(qkv.shape[1])) <= 2 else (_backward, 3)
+  (dqkv,) = _call(kernel, (qkv, grad, total, own), (qkv,), causal, interpret, stages)
   return (dqkv,)
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _call(kernel, arrays, out_shapes, causal, interpret):
+def _call(kernel, arrays, out_shapes, causal, interpret, stages):
   B, L, _, H, K = arrays[0].shape
 
   def block(x):
@@ -70,7 +72,7 @@ def _call(kernel, arrays, out_shapes, causal, interpret):
     in_specs=[block(x) for x in arrays],
     out_specs=[block(x) for x in out_shapes],
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out_shapes],
-    compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+    compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=stages),
     interpret=interpret,
     name=f"attention{kernel.__name__}",
   )(*arrays)
@@ -149,15 +151,15 @@ def _before(i, causal):
   return dict(last=i + 1, tail=False) if causal and i is not None else {}
 
 
-def _backward(qkv_ref, out_ref, grad_ref, total_ref, dqkv_ref, *, L, causal):
+def _backward(qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, *, L, causal):
+  """Logits twice: once for the gradients of queries, once for those of keys and values.
+
+  own: the sum over a query's numbers of its result times the gradient, (L,).
+  """
   K = qkv_ref.shape[-1]
   scale = math.log2(math.e) / K**0.5
   zeros = lambda size: jnp.zeros((size, K), jnp.float32)
-
-  def of_queries(mine):
-    grad = grad_ref[mine, :]
-    own = jnp.sum(grad.astype(jnp.float32) * out_ref[mine, :].astype(jnp.float32), axis=1)
-    return qkv_ref[mine, 0, :], grad, total_ref[mine], own
+  of_queries = lambda mine: (qkv_ref[mine, 0, :], grad_ref[mine, :], total_ref[mine], own_ref[mine])
 
   def queries(start, size, i):
     q, grad, total, own = of_queries(pl.ds(start, size))
@@ -194,6 +196,56 @@ def _backward(qkv_ref, out_ref, grad_ref, total_ref, dqkv_ref, *, L, causal):
 
   _each(L, queries)
   _each(L, keys)
+
+
+def _parts(L):
+  """(first row, rows, which of them no part before has) of each block, the tail's last."""
+  size, count, rest = blocks(L)
+  whole = [(i * size, size, None) for i in range(count)]
+  return [*whole, (L - rest, rest, L - count * size)] if rest else whole
+
+
+def _backward_short(qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, *, L, causal):
+  """As `_backward`, with all gradients of all queries at hand, so that logits are computed once."""
+  K = qkv_ref.shape[-1]
+  scale = math.log2(math.e) / K**0.5
+  zeros = lambda size: jnp.zeros((size, K), jnp.float32)
+  parts = _parts(L)
+  dqs = [zeros(size) for _, size, _ in parts]
+  for j, (k_start, k_size, k_new) in enumerate(parts):
+    k, v = (qkv_ref[pl.ds(k_start, k_size), part, :] for part in (1, 2))
+    dk, dv = zeros(k_size), zeros(k_size)
+    for i, (start, size, new) in enumerate(parts):
+      if causal and i < j:
+        continue
+      mine = pl.ds(start, size)
+      q, grad = qkv_ref[mine, 0, :], grad_ref[mine, :]
+      s = _dot(k, q.T) * scale
+      visible = _new(k_size, k_new)[:, None] & _new(size, new)[None, :]
+      if causal:
+        visible &= (k_start + jnp.arange(k_size))[:, None] <= (start + jnp.arange(size))[None, :]
+      weights = jnp.exp2(jnp.where(visible, s, _NEVER) - total_ref[mine][None, :])
+      ds = (weights * (_dot(v, grad.T) - own_ref[mine][None, :])).astype(q.dtype)
+      dv += _dot(weights.astype(grad.dtype), grad)
+      dk += _dot(ds, q)
+      dqs[i] += _dot(ds.T, k)
+    _store(dqkv_ref, parts[j], 1, dk * K**-0.5)
+    _store(dqkv_ref, parts[j], 2, dv)
+  for part, dq in zip(parts, dqs, strict=True):
+    _store(dqkv_ref, part, 0, dq * K**-0.5)
+
+
+def _new(size, new):
+  """Which rows of a part no part before it has."""
+  return jnp.arange(size) >= size - (new or size)
+
+
+def _store(ref, part, which, x):
+  start, size, new = part
+  # An array for an index: masked stores, interpreted, take no number.
+  ref = ref.at[pl.ds(start, size), jnp.asarray(which, jnp.int32), :]
+  mask = jnp.broadcast_to(_new(size, new)[:, None], x.shape)
+  plgpu.store(ref, x.astype(ref.dtype), mask=mask)
 
 
 def _dot(a, b):

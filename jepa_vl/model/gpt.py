@@ -52,6 +52,7 @@ class GPT(nn.Module):
   scan: bool
   remat: str
   attention: str
+  pointwise: str
   dtype: Any
 
   @nn.compact
@@ -82,13 +83,16 @@ class GPT(nn.Module):
     x = constrain(x, "batch", None, None)  # (B, L, W), or (G R, L, W)
 
     block = dict(
-      heads=self.heads, causal=True, attention=self.attention, gelu_tanh=True, norm_eps=1e-5,
-      kernel_init=init, out_init=out_init, dtype=self.dtype,
+      heads=self.heads, causal=True, attention=self.attention, pointwise=self.pointwise,
+      gelu_tanh=True, norm_eps=1e-5, kernel_init=init, out_init=out_init, dtype=self.dtype,
     )  # fmt: skip
+    # All that is wanted is the readout tokens. Taken along an axis, and not by indices of rows, no
+    # token leaves its device.
+    def select(x):
+      x = x.reshape(len(readout), -1, self.width)
+      return jnp.take_along_axis(x, readout[..., None], axis=1)
+
     with jax.named_scope("gpt"):
-      x = Blocks(self.depth, self.scan, self.remat, block, name="tower")(x, keys)
-    # The norm acts on each token alone, so only the readout token is normalised. Taken along an
-    # axis, and not by indices of rows, no token leaves its device.
-    x = x.reshape(len(readout), -1, self.width)
-    x = jnp.take_along_axis(x, readout[..., None], axis=1).reshape(-1, self.width)
+      x = Blocks(self.depth, self.scan, self.remat, block, name="tower")(x, keys, select)
+    x = x.reshape(-1, self.width)
     return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="final_norm")(x)

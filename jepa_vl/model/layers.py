@@ -1,16 +1,15 @@
 """The pre-norm transformer block that both towers stack, scanned or unrolled."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jepa_vl import sharding
 from jepa_vl.model import attention
+from jepa_vl.model.pointwise import LayerNorm, gelu
 from jepa_vl.sharding import constrain
 
 REMAT = {
@@ -20,73 +19,6 @@ REMAT = {
   # What products and attention gave, and nothing that follows from it element by element.
   "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "up"),
 }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x, tanh):
-  """GELU by erf or by tanh, computed in float32; keeps x alone for the backward pass."""
-  return _gelu(x.astype(jnp.float32), tanh).astype(x.dtype)
-
-
-def _gelu(x, tanh):
-  # By erf, as PyTorch computes it; nn.gelu's erfc is exact far in the tail too, and three times
-  # the time of a pass through memory on an H200.
-  return nn.gelu(x) if tanh else x * (0.5 + 0.5 * jax.lax.erf(x * np.sqrt(0.5, dtype=np.float32)))
-
-
-def _gelu_forward(x, tanh):
-  return gelu(x, tanh), x
-
-
-def _gelu_backward(tanh, x, grad):
-  # Else the compiler takes what is computed again for what the forward pass had, and keeps that.
-  x, grad = jax.lax.optimization_barrier((x, grad))
-  y, pull = jax.vjp(lambda x: _gelu(x, tanh), x.astype(jnp.float32))
-  return (pull(grad.astype(y.dtype))[0].astype(x.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x, scale, bias, eps):
-  """Over the last axis, computed in float32; keeps x and two numbers a row for the backward."""
-  return _layer_norm_forward(x, scale, bias, eps)[0]
-
-
-def _layer_norm_forward(x, scale, bias, eps):
-  x32 = x.astype(jnp.float32)
-  mean = jnp.mean(x32, axis=-1, keepdims=True)
-  variance = jnp.maximum(jnp.mean(x32**2, axis=-1, keepdims=True) - mean**2, 0)
-  share = jax.lax.rsqrt(variance + eps)
-  y = (x32 - mean) * (share * scale) + bias
-  return y.astype(x.dtype), (x, scale, mean, share)
-
-
-def _layer_norm_backward(eps, kept, grad):
-  x, scale, mean, share = kept
-  x, mean, share, grad = jax.lax.optimization_barrier((x, mean, share, grad))
-  unit, grad = (x.astype(jnp.float32) - mean) * share, grad.astype(jnp.float32)
-  rows = tuple(range(x.ndim - 1))
-  own = lambda v: jnp.mean(v, axis=-1, keepdims=True)
-  scaled = grad * scale
-  dx = share * (scaled - own(scaled) - unit * own(scaled * unit))
-  return dx.astype(x.dtype), jnp.sum(grad * unit, axis=rows), jnp.sum(grad, axis=rows)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
-class LayerNorm(nn.Module):
-  """`nn.LayerNorm` with less kept between forward and backward pass."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return layer_norm(x, scale, bias, self.eps)
 
 
 class Qkv(nn.Module):
@@ -134,7 +66,7 @@ class Attention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, mask):
+  def __call__(self, x, mask, select=None):
     W = x.shape[-1]
     apart = self.implementation in attention.APART
     qkv = Qkv(self.heads, apart, self.kernel_init, self.dtype, name="qkv")(x)
@@ -143,15 +75,35 @@ class Attention(nn.Module):
       qkv, mask, causal=self.causal, implementation=self.implementation, length=self.length
     )  # (B, L, H, K)
     x = checkpoint_name(x, "attention")
+    if select:
+      heads = x.shape[2:]
+      x = select(x.reshape(*x.shape[:2], W))
+      x = x.reshape(*x.shape[:2], *heads)
     return nn.DenseGeneral(
       W, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="out"
     )(x)
+
+
+class Up(nn.Module):
+  """`nn.Dense` whose bias has its gradient from what takes both results: x (..., F), bias (F,)."""
+
+  features: int
+  kernel_init: Any
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x @ kernel + jax.lax.stop_gradient(bias), bias
 
 
 class Mlp(nn.Module):
   """Dense to 4W, GELU (erf or tanh), Dense to W."""
 
   gelu_tanh: bool
+  pointwise: str
   kernel_init: Any
   out_init: Any
   dtype: Any
@@ -159,19 +111,24 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):
     W = x.shape[-1]
-    x = nn.Dense(4 * W, kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x)
+    x, bias = Up(4 * W, self.kernel_init, self.dtype, name="up")(x)
     x = checkpoint_name(x, "up")
-    x = gelu(x, self.gelu_tanh)
+    x = gelu(x, bias, self.gelu_tanh, self.pointwise)
     return nn.Dense(W, kernel_init=self.out_init, dtype=self.dtype, name="down")(x)
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); x: (B, L, W), `length` as of Attention."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); x: (B, L, W), `length` as of Attention.
+
+  select: from (B, L, W) to the tokens that are wanted, (G, g, W); what comes after the attention,
+  three quarters of the work, is then computed for these alone.
+  """
 
   heads: int
   causal: bool
   length: int
   attention: str
+  pointwise: str
   gelu_tanh: bool
   norm_eps: float
   kernel_init: Any
@@ -179,17 +136,21 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, mask):
-    norm = lambda name: LayerNorm(self.norm_eps, name=name)
+  def __call__(self, x, mask, select=None):
+    norm = lambda name: LayerNorm(self.norm_eps, self.pointwise, name=name)
     attn = Attention(
       self.heads, self.causal, self.length, self.attention, self.kernel_init, self.out_init,
       self.dtype, name="attn",
     )  # fmt: skip
-    mlp = Mlp(self.gelu_tanh, self.kernel_init, self.out_init, self.dtype, name="mlp")
+    mlp = Mlp(
+      self.gelu_tanh, self.pointwise, self.kernel_init, self.out_init, self.dtype, name="mlp"
+    )
     x = attention.settle(constrain(x, "batch", None, None))
-    x = attention.settle(x + attn(norm("attn_norm")(x), mask))
+    x, y = norm("attn_norm")(x)
+    x = attention.settle((select(x) if select else x) + attn(y, mask, select))
     x = checkpoint_name(x, "residual")
-    x = x + mlp(norm("mlp_norm")(x))
+    x, y = norm("mlp_norm")(x)
+    x = x + mlp(y)
     return x, None  # the pair that nn.scan wants
 
 
@@ -197,7 +158,9 @@ class Blocks(nn.Module):
   """`depth` blocks whose parameters are stacked along a leading layer dimension.
 
   Scanned and unrolled share that one layout, so a checkpoint of either opens in the other:
-  unrolling is `jax.lax.scan` with as many copies of the body as there are layers.
+  unrolling is `jax.lax.scan` with as many copies of the body as there are layers. `select` as of
+  Block, for the last layer: unrolled it computes no other tokens after its attention; scanned, all
+  are computed and then selected, since the layers' parameters would have to be copied.
   """
 
   depth: int
@@ -206,24 +169,41 @@ class Blocks(nn.Module):
   block: dict
 
   @nn.compact
-  def __call__(self, x, mask=None):
-    block = Block
+  def __call__(self, x, mask=None, select=None):
     if self.remat not in REMAT:
       raise ValueError(f"model.remat must be one of {', '.join(REMAT)}, got {self.remat!r}")
+    length = x.shape[1]
+    x, mask = attention.pad(x, mask, self.block["attention"])
+    block = dict(**self.block, length=length)
+    unpadded = lambda x: x[:, :length]
+    if select and not self.scan and not self.is_initializing():
+      return self._one_by_one(x, mask, block, lambda x: select(unpadded(x)))
+    layer = Block
     if REMAT[self.remat]:
       # Inside a loop the compiler cannot merge the recomputation with the forward pass anyway.
-      block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
+      layer = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
     blocks = nn.scan(
-      block,
+      layer,
       variable_axes={"params": 0, "intermediates": 0},  # the latter only for two_tower.look_inside
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=self.depth,
       unroll=1 if self.scan else self.depth,
     )
-    length = x.shape[1]
-    x, mask = attention.pad(x, mask, self.block["attention"])
-    return blocks(**self.block, length=length, name="blocks")(x, mask)[0][:, :length]
+    x = unpadded(blocks(**block, name="blocks")(x, mask)[0])
+    return select(x) if select else x
+
+  def _one_by_one(self, x, mask, block, select):
+    block, params = Block(**block, parent=None), self.variables["params"]["blocks"]
+
+    def layer(select):
+      f = lambda x, params: block.apply({"params": params}, x, mask, select)
+      return jax.checkpoint(f, policy=REMAT[self.remat]) if REMAT[self.remat] else f
+
+    before, last = (jax.tree.map(lambda p, cut=cut: p[cut], params) for cut in (slice(-1), -1))
+    with jax.named_scope("blocks"):
+      x, _ = jax.lax.scan(layer(None), x, before, unroll=max(self.depth - 1, 1))
+      return layer(select)(x, last)[0]
 
 
 def resample_positions(table, grid):

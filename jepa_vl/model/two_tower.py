@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jepa_vl.model import attention
+from jepa_vl.model import attention, pointwise
 from jepa_vl.model.gpt import GPT
 from jepa_vl.model.heads import Head
 from jepa_vl.model.vit import STATISTICS, ViT, kept_patches, normalise
@@ -32,13 +32,14 @@ class TwoTower(nn.Module):
 
   A batch may hold images, captions or both; captions one to a row (`text`, `mask`) or several
   (`packed_text`, `packed_position`, `packed_readout`, as GPT takes them). Of images (`image`), out
-  also has the frozen-backbone features, `cls` (B, W) and `patches` (B, N, W). Of several views of
+  also has the frozen-backbone features, `cls` (B, W) and, but for training, `patches` (B, N, W),
+  which training has no use for. Of several views of
   each image (`global` (B, Vg, S, S, 3) and, if any, `local` (B, Vl, S', S', 3): LeVLJEPA+), out has
   the views' embeddings, `views` (V, B, D), global ones first, and the first one's `cls`; z_img is
   then the mean of the global ones, and p_img is predicted from every view, (V, B, D), or from that
   mean (`predict_from`).
   In training the image tower sees all but a share `patch_dropout` of the patches of every image or
-  view, drawn for each from the stream "dropout"; `patches` are then the drawn ones, in any order.
+  view, drawn for each from the stream "dropout".
   Each of `scalars`, pairs of name and initial value, is a learned scalar of that name in out.
   """
 
@@ -59,6 +60,7 @@ class TwoTower(nn.Module):
   scan: bool
   remat: str
   attention: str
+  pointwise: str
   dtype: Any
 
   def setup(self):
@@ -73,7 +75,7 @@ class TwoTower(nn.Module):
     _, depth, heads = SIZES[self.size]
     common = dict(
       width=width(self.size), depth=depth, heads=heads, scan=self.scan, remat=self.remat,
-      attention=self.attention, dtype=self.dtype,
+      attention=self.attention, pointwise=self.pointwise, dtype=self.dtype,
     )  # fmt: skip
     self.image = ViT(patch_size=self.patch_size, image_size=self.image_size, **common)
     self.text = GPT(
@@ -95,7 +97,7 @@ class TwoTower(nn.Module):
       cls, patches = self._look(batch["image"], train)
       z = self.image_head(cls, train=train)
       out |= {"z_img": z, "p_img": self.image_predictor(z, train=train)}
-      out |= {"cls": cls, "patches": patches}
+      out |= {"cls": cls} if train else {"cls": cls, "patches": patches}
     if "global" in batch:
       out |= self._embed_views(batch, train)
     if "text" in batch or "packed_text" in batch:
@@ -110,7 +112,7 @@ class TwoTower(nn.Module):
       draw = jax.random.uniform(self.make_rng("dropout"), (B, count))
       order = jnp.argsort(constrain(draw, "batch", None), axis=1)
       keep = order[:, : kept_patches(count, self.patch_dropout)]
-    return self.image(normalise(images, self.statistics), keep)
+    return self.image(normalise(images, self.statistics), keep, with_patches=not train)
 
   def _read(self, batch):
     if "text" in batch:
@@ -142,7 +144,7 @@ def from_config(model, text, *, vocab_size, dtype, scalars, device=None):
   """TwoTower from the config's `model` and `text` sub-trees.
 
   scalars: {name: initial value} of what `objectives.learned_scalars` asks for. device: one of those
-  that compute, for what `model.attention` leaves to it.
+  that compute, for what `model.attention` and `model.pointwise` leave to it.
 
   Raises:
     ValueError: the patch does not divide the image.
@@ -171,6 +173,7 @@ def from_config(model, text, *, vocab_size, dtype, scalars, device=None):
     scan=model.scan,
     remat=model.remat,
     attention=attention.choose(model.attention, dtype, device),
+    pointwise=pointwise.choose(model.pointwise, dtype, device),
     dtype=dtype,
   )
 

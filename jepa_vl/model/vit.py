@@ -42,6 +42,8 @@ def kept_patches(count, dropout):
 class ViT(nn.Module):
   """Images (B, S, S, 3) -> CLS (B, W) and patch tokens (B, N, W), both after the final norm.
 
+  Without `with_patches` there are none, (B, 0, W), which saves most of the last layer's work.
+
   `keep`, (B, N') int32: the patches of each image that are looked at; the others are not, and the
   tokens are of these, in this order (FLIP, arXiv 2212.00794).
 
@@ -57,10 +59,11 @@ class ViT(nn.Module):
   scan: bool
   remat: str
   attention: str
+  pointwise: str
   dtype: Any
 
   @nn.compact
-  def __call__(self, images, keep=None):
+  def __call__(self, images, keep=None, with_patches=True):
     B, H, W, _ = images.shape
     p = self.patch_size
     if H % p or W % p:
@@ -91,10 +94,11 @@ class ViT(nn.Module):
     x = constrain(x, "batch", None, None)  # (B, 1 + N, W)
 
     block = dict(
-      heads=self.heads, causal=False, attention=self.attention, gelu_tanh=False, norm_eps=1e-6,
-      kernel_init=init, out_init=init, dtype=self.dtype,
+      heads=self.heads, causal=False, attention=self.attention, pointwise=self.pointwise,
+      gelu_tanh=False, norm_eps=1e-6, kernel_init=init, out_init=init, dtype=self.dtype,
     )  # fmt: skip
     with jax.named_scope("vit"):
-      x = Blocks(self.depth, self.scan, self.remat, block, name="tower")(x)
+      cls_alone = None if with_patches else lambda x: x[:, :1]
+      x = Blocks(self.depth, self.scan, self.remat, block, name="tower")(x, select=cls_alone)
     x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="final_norm")(x)
     return x[:, 0], x[:, 1:]

@@ -1,0 +1,81 @@
+"""LayerNorm and GELU, and their kernels for GPUs interpreted, against Flax's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jepa_vl import sharding
+from jepa_vl.model import pointwise, pointwise_gpu
+
+EACH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
+
+
+@EACH
+@pytest.mark.parametrize("width", [192, 384])  # in one piece, and in three
+def test_layer_norm_is_flaxs(implementation, width):
+  """Also of rows in several programs of several steps, and with a gradient from around the norm."""
+  x = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 5, width))
+  grads = [jax.random.normal(jax.random.key(i), x.shape) for i in (1, 2)]
+  ours, theirs = pointwise.LayerNorm(1e-5, implementation), nn.LayerNorm(epsilon=1e-5)
+  found = []
+  for f in (ours.apply, lambda variables, x: (x, theirs.apply(variables, x))):
+    variables = theirs.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda p: p + jnp.linspace(0, 1, width), variables)
+    y, pull = jax.vjp(f, variables, x)
+    found.append((y, *pull(tuple(grads))))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *found)
+
+
+@EACH
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gelu_is_flaxs(implementation, tanh):
+  """Its bias has the gradient that it would have where it was added."""
+  x = jnp.linspace(-8, 8, 16 * 4 * 128).reshape(16, 4, 128)
+  bias, grad = jnp.linspace(-1, 1, 128), jax.random.normal(jax.random.key(0), x.shape)
+  stopped = jax.lax.stop_gradient
+  found = [jax.vjp(f, x, bias) for f in (
+    lambda x, bias: pointwise.gelu(x + stopped(bias), bias, tanh, implementation),
+    lambda x, bias: nn.gelu(x + bias, approximate=tanh),
+  )]  # fmt: skip
+  for a, b in zip(*((y, *pull(grad)) for y, pull in found), strict=True):
+    np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()))
+
+
+@EACH
+def test_in_bfloat16_sums_are_added_in_float32(implementation):
+  x = jnp.ones((4096, 1, 64), jnp.bfloat16)
+  small = lambda p: jnp.sum(pointwise.layer_norm(x, jnp.ones(64), p, 1e-5, implementation)[1] / 16)
+  np.testing.assert_array_equal(jax.grad(small)(jnp.zeros(64)), 256)
+
+
+@EACH
+def test_each_device_has_its_rows(implementation):
+  x = jax.random.normal(jax.random.key(0), (16, 8, 64))
+  weights = jax.random.normal(jax.random.key(1), x.shape)
+
+  def loss(x, scale, bias):
+    x, y = pointwise.layer_norm(x, scale, bias, 1e-5, implementation)
+    y = pointwise.gelu(y + jax.lax.stop_gradient(bias), bias, False, implementation)
+    return jnp.sum(weights * (x + y))
+
+  args = x, jnp.linspace(0.5, 1, 64), jnp.linspace(-1, 1, 64)
+  expected = jax.grad(loss, (0, 1, 2))(*args)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    x = jax.device_put(x, NamedSharding(mesh, P(sharding.BATCH)))
+    found = jax.jit(jax.grad(loss, (0, 1, 2)))(x, *args[1:])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, expected)
+
+
+def test_rows_are_split_into_programs_of_equal_steps():
+  assert pointwise_gpu._split(25216, 512) == (788, 32)
+  assert pointwise_gpu._split(7, 512) == (7, 1)
+
+
+def test_unknown_implementations_are_named():
+  with pytest.raises(ValueError, match="model.pointwise must be one of auto, xla, pallas, got 'x'"):
+    pointwise.choose("x", jnp.float32, None)
