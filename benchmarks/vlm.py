@@ -1,11 +1,13 @@
 """The VLM evaluation: does it fit with a language model of a billion parameters, and who sees best.
 
 python -m benchmarks.vlm compile [--batch=64]
+python -m benchmarks.vlm step [--batch=64] [--steps=20]
 python -m benchmarks.vlm shapes --out DIR [--steps 500] [--seeds 0 1 2]
 python -m benchmarks.vlm oracle [--seed 0] [--keys '{"steps": 500}']
 
 compile: one step of the bridge (ViT-B/16 at 224 px, frozen, before a frozen model of the shape of
-Llama 3.2 1B) for chips that are not here; needs what `--mode=compile` needs. shapes: LeVLJEPA,
+Llama 3.2 1B) for chips that are not here; needs what `--mode=compile` needs. step: the same, with
+random weights, timed on the accelerator that is here. shapes: LeVLJEPA,
 LeVLJEPA+, CLIP and SigLIP of benchmarks/shapes.py in DIR (trained if they are not there), their
 untrained network and no vision at all. oracle: the small language model of `shapes` told all that
 it asks for, and a bridge to it from features that hold all of every object.
@@ -47,7 +49,7 @@ def lowered(mesh, batch, pool):
   """The bridge's step with the encoder before it, lowered for the mesh; nothing is allocated.
 
   Returns:
-    the lowered program, the number of image tokens, the encoder's model.
+    the lowered program, its arguments' shapes, the number of image tokens, FLOPs of a step.
   """
   config = vit_b.get_config()
   tower = two_tower.from_config(
@@ -84,10 +86,13 @@ def lowered(mesh, batch, pool):
     mask = "mask" if name == "tokens" else f"{name}_mask"
     data |= {name: shape(jnp.int32, count), mask: shape(bool, count)}
   with jax.set_mesh(mesh):
-    program = jax.jit(step, donate_argnums=0).lower(
-      abstract(first), abstract(params), abstract(encoder), data
-    )
-  return program, n, tower
+    arguments = abstract(first), abstract(params), abstract(encoder), data
+    program = jax.jit(step, donate_argnums=0).lower(*arguments)
+  # Forward, forward again in the backward pass (remat), and back to the bridge: the weights' own
+  # gradients, a third of training's work, are not made. The text tower is not run.
+  image = two_tower.forward_flops(tower, text_rows=0)
+  flops = image + 3 * language.forward_flops(LLAMA, OPENING + n + QUESTION + ANSWER, ANSWER + 1)
+  return program, arguments, n, batch * flops
 
 
 def measure(name, data, fsdp, batch, pool):
@@ -95,17 +100,13 @@ def measure(name, data, fsdp, batch, pool):
   topology = topologies.get(name)
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=1, devices=topology.devices)
   started = time.perf_counter()
-  program, n, tower = lowered(mesh, batch, pool)
+  program, _, n, flops = lowered(mesh, batch, pool)
   compiled = program.compile()
   took = time.perf_counter() - started
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   used += memory.generated_code_size_in_bytes
-  columns = OPENING + n + QUESTION + ANSWER
-  # Forward, forward again in the backward pass (remat), and back to the bridge: the weights' own
-  # gradients, a third of training's work, are not made. The text tower is not run.
-  image = two_tower.forward_flops(tower) - two_tower.forward_flops(tower, sides=(0,))
-  flops = batch * (image + 3 * language.forward_flops(LLAMA, columns, ANSWER + 1)) / mesh.size
+  flops /= mesh.size
   found = hlo.Program(compiled.as_text(), branch_share=1.0)
   _, links, _ = aot.collectives(found, mesh, topology)
   ms = {
@@ -131,6 +132,37 @@ def compile_table(args):
   print("|---" * 12 + "|", flush=True)
   for name, data, fsdp in WAYS:
     measure(name, data, fsdp, args.batch, args.pool)
+
+
+def step_here(args):
+  """Prints what a step takes on this machine's first device."""
+  device = jax.devices()[0]
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=[device])
+  program, shapes, n, flops = lowered(mesh, args.batch, args.pool)
+  step = program.compile()
+  state, *rest = jax.tree.map(_random, shapes)
+  seconds = []
+  for _ in range(args.steps + 1):
+    begun = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, *rest))
+    seconds.append(time.perf_counter() - begun)
+  low, median, high = np.quantile(seconds[1:], (0, 0.5, 1))
+  memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+  print(
+    f"{device.device_kind}, jax {jax.__version__}: {args.batch} questions, {n} image tokens; "
+    f"{1e3 * median:.1f} ms a step ({1e3 * low:.1f} - {1e3 * high:.1f}), "
+    f"{args.batch / median:.0f} questions/s, {flops / median / 1e12:.0f} TFLOP/s, peak "
+    f"{memory / GIB:.2f} GiB"
+  )
+
+
+def _random(leaf):
+  key = jax.random.key(0)
+  if leaf.dtype == bool:
+    return jnp.ones(leaf.shape, bool)
+  if jnp.issubdtype(leaf.dtype, jnp.integer):
+    return jax.random.randint(key, leaf.shape, 0, 256).astype(leaf.dtype)
+  return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 FIGURES = ("accuracy", *(f"{kind}/accuracy" for kind in (
@@ -270,10 +302,12 @@ class Timed:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   which = parser.add_subparsers(dest="which", required=True)
-  part = which.add_parser("compile")
-  part.add_argument("--batch", type=int, default=64)
-  part.add_argument("--pool", type=int, default=1, help="side of the patches that share a token")
-  part.set_defaults(do=compile_table)
+  for name, do in (("compile", compile_table), ("step", step_here)):
+    part = which.add_parser(name)
+    part.add_argument("--batch", type=int, default=64)
+    part.add_argument("--pool", type=int, default=1, help="side of the patches that share a token")
+    part.add_argument("--steps", type=int, default=20, help="to time")
+    part.set_defaults(do=do)
   part = which.add_parser("shapes")
   objectives.add_arguments(part, steps=500)
   part.add_argument("--keys", default="{}", help="JSON of evals.shapes_vlm's keys that differ")

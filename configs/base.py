@@ -51,7 +51,8 @@ def get_config():
   c.model.remat = "none"  # none, names, dots, full: what the backward pass recomputes, from nothing
   # to all; auto: as little as the device's memory allows
   c.model.attention = "auto"  # how attention is computed, not what it is: short, xla (any chip),
-  # pallas (TPUs), cudnn (NVIDIA GPUs in bfloat16); auto: cudnn where it can, else short
+  # pallas (TPUs, NVIDIA GPUs), cudnn (NVIDIA GPUs in bfloat16); auto: pallas on NVIDIA GPUs in
+  # bfloat16, cudnn there for what that does not take, else short
   c.model.pointwise = "auto"  # how norms and GELU are computed, likewise: xla (any chip), pallas
   # (NVIDIA GPUs in bfloat16); auto: pallas where it can, else xla
   c.model.dtype = "auto"  # of the towers' computation; auto: bfloat16, float32 on CPU

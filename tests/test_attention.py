@@ -84,15 +84,20 @@ def test_unknown_implementation():
     attention.attend(draw(3), None, causal=False, implementation="flash")
 
 
-def test_auto_takes_cudnn_where_it_is(monkeypatch):
+def test_auto_takes_kernels_where_they_are_for_it(monkeypatch):
   gpu = lambda capability, kind="NVIDIA H200": types.SimpleNamespace(
     device_kind=kind, compute_capability=capability
   )
-  choose = lambda device, dtype=jnp.bfloat16, name="auto": attention.choose(name, dtype, device)
-  assert choose(gpu("9.0")) == "short"  # only compiled for: the backend here is a CPU's
+
+  def choose(device, dtype=jnp.bfloat16, name="auto", length=197, size=64):
+    return attention.choose(name, dtype, device, length, size)
+
+  assert choose(gpu("9.0")) == "pallas"  # here only compiled for
   assert choose(jax.devices()[0]) == choose(None) == "short"
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert choose(gpu("9.0")) == "cudnn"
   assert choose(gpu("7.5")) == choose(gpu("9.0"), jnp.float32) == "short"
   assert choose(gpu("9.0", "AMD Instinct MI300X")) == "short"
   assert choose(gpu("9.0"), name="xla") == "xla"
+  for what in ({"length": 785}, {"size": 80}):
+    assert choose(gpu("9.0"), **what) == "short"  # no cuDNN to ask
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert choose(gpu("9.0"), length=785) == choose(gpu("9.0"), size=80) == "cudnn"

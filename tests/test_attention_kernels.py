@@ -12,6 +12,7 @@ from test_model import build, example, init, loss_and_grads
 
 from jepa_vl import sharding
 from jepa_vl.model import attention, attention_gpu, two_tower
+from jepa_vl.model.gpt import own_caption
 
 
 def qkv_of(rows, length, heads, size, dtype=jnp.float32):
@@ -123,23 +124,48 @@ def test_what_cudnn_is_given(changes, config, monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *shown)
 
 
-@pytest.mark.parametrize(("length", "causal"), [
-  (197, False),  # three whole blocks and five rows more
-  (77, True), (64, True), (130, True), (37, False), (16, False),
+@pytest.mark.parametrize(("length", "causal", "packed"), [
+  (197, False, False),  # three whole blocks and five rows more
+  (77, True, False), (77, True, True), (64, True, False), (130, True, True), (37, False, False),
+  (16, False, False),
 ])  # fmt: skip
-def test_the_gpu_kernels_equal_xla(length, causal):
+def test_the_gpu_kernels_equal_xla(length, causal, packed):
   """Where the last block reaches back over rows of the one before, these count once."""
-  qkv = qkv_of(2, length, 2, 16)
+  qkv, bias = qkv_of(2, length, 2, 16), jax.random.normal(jax.random.key(2), (3, 2, 16))
   grad = jax.random.normal(jax.random.key(1), (2, length, 2, 16))
+  # Captions of 30 tokens in one row and of 7 in the other.
+  first = own_caption(jnp.arange(length) % jnp.array([[30], [7]])) if packed else None
+  stopped = jax.lax.stop_gradient(bias)
   results = []
   for f in (
-    lambda x: attention.xla(x, None, causal, length),
-    lambda x: attention_gpu.attention(x, causal, True),
+    lambda x, bias: attention.attend(x + bias, first, causal=causal, implementation="xla"),
+    lambda x, bias: attention_gpu.attention(x + stopped, bias, first, causal, True),
   ):
-    out, pull = jax.vjp(jax.jit(f), qkv)
-    results.append((out, pull(grad)[0]))
+    out, pull = jax.vjp(jax.jit(f), qkv, bias)
+    results.append((out, *pull(grad)))
   for a, b in zip(*reversed(results), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_the_kernels_bias_has_its_gradient_without_a_gpu_too():
+  """On a mesh as well, and where the kernels leave it to XLA."""
+  qkv, bias = qkv_of(8, 9, 2, 16), jax.random.normal(jax.random.key(2), (3, 2, 16))
+  mask = jnp.broadcast_to(jnp.arange(9) < 5, (8, 1, 1, 9))
+
+  def grads(name, mask):
+    def f(bias):
+      x = qkv + (jax.lax.stop_gradient(bias) if name == "pallas" else bias)
+      extra = {"bias": bias} if name == "pallas" else {}
+      out = attention.attend(x, mask, causal=True, implementation=name, **extra)
+      return jnp.sum(jnp.sin(3 * out))
+
+    return jax.jit(jax.grad(f))(bias)
+
+  for kind in (None, mask, own_caption(jnp.arange(9) % jnp.full((8, 1), 4))):
+    expected = grads("xla", kind)
+    np.testing.assert_allclose(grads("pallas", kind), expected, atol=2e-5)
+    with jax.set_mesh(sharding.make_mesh(data=4, fsdp=1, tensor=2)):
+      np.testing.assert_allclose(grads("pallas", kind), expected, atol=2e-5)
 
 
 def test_what_the_gpu_kernels_take():
@@ -152,7 +178,8 @@ def test_what_the_gpu_kernels_take():
 
 def test_the_gpu_kernels_in_bfloat16_are_as_near_to_float32_as_xlas_own():
   qkv = qkv_of(2, 77, 2, 64, jnp.bfloat16)
+  bias = jnp.zeros(qkv.shape[2:])
   exact = attention.xla(qkv.astype(jnp.float32), None, True, 77)
   error = lambda out: np.abs(np.asarray(out, np.float32) - exact).mean()
-  ours = error(jax.jit(lambda x: attention_gpu.attention(x, True, True))(qkv))
+  ours = error(jax.jit(lambda x: attention_gpu.attention(x, bias, None, True, True))(qkv))
   assert 0 < ours < 1.1 * error(attention.xla(qkv, None, True, 77))

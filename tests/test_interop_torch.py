@@ -44,7 +44,7 @@ def tensors(flat):
 def scanned(size):
   width, depth, n = two_tower.SIZES[size]
   return dict(
-    width=width, depth=depth, heads=n, scan=True, remat="none", attention="short",
+    width=width, depth=depth, heads=n, scan=True, remat="none", attention="short", pointwise="xla",
     dtype=jnp.float32,
   )  # fmt: skip
 
@@ -143,7 +143,8 @@ def test_text_tower_equals_gpt2(size, readout):
 def test_norms_have_the_references_epsilon(silent):
   """Tokens so small that it shows: before the first norm, with silent blocks before the last."""
   n = dict(
-    width=192, depth=1, heads=3, scan=True, remat="none", attention="short", dtype=jnp.float32
+    width=192, depth=1, heads=3, scan=True, remat="none", attention="short", pointwise="xla",
+    dtype=jnp.float32,
   )
   image, text = modules.timm_vit("tiny", 8, 16, 5, depth=1), modules.gpt2(192, 1, 3, 5)
   with torch.no_grad():

@@ -295,6 +295,7 @@ def text_tower(dtype):
   tower = gpt.GPT(
     width=32, depth=2, heads=2, vocab_size=100, length=L, readout="eot", scan=True, remat="none",
     attention="short",
+    pointwise="xla",
     dtype=dtype,
   )  # fmt: skip
   init = jax.jit(tower.init)(jax.random.key(0), np.zeros((1, L), int), np.ones((1, L), bool))

@@ -39,41 +39,71 @@ def _cudnn(qkv, mask, causal, length, implementation):
   )  # fmt: skip
 
 
-def pallas(qkv, mask, causal, length):
+def pallas(qkv, mask, causal, length, bias=None):
   """Kernels of our own for TPUs (`attention_tpu`) and NVIDIA GPUs (`attention_gpu`), which keep the
   weights on the chip.
 
-  Interpreted on CPUs, slowly. Masks and long sequences go to `xla`; so does, on GPUs, what is not
-  bfloat16.
+  Interpreted on CPUs, slowly. Masks and long sequences go to `xla`; so does what is packed, but on
+  GPUs, and on GPUs what is not bfloat16.
   """
-  if mask is not None or qkv.shape[1] > PALLAS_LENGTH:
-    return xla(qkv, mask, causal, length)
+  if bias is None:
+    bias = jnp.zeros(qkv.shape[2:], qkv.dtype)
+  packed = mask is not None and mask.ndim == 2
+  if qkv.shape[1] > PALLAS_LENGTH or mask is not None and not packed:
+    return xla(with_bias(qkv, bias), _of_pairs(mask), causal, length)
   f = functools.partial(_pallas, causal=causal)
+  arrays = (qkv, bias, mask) if packed else (qkv, bias)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return f(qkv)
+    return f(*arrays)
   # The compiler cannot divide a kernel; each device runs it on its own rows and heads.
   batch, _, _, heads, _ = spec = sharding.spec_of(qkv.shape, "batch", None, None, "tensor", None)
+  specs = (spec, P(None, heads, None), P(batch, None))[: len(arrays)]
   out = P(batch, None, heads, None)
-  return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False)(qkv)
+  return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
 
-def _pallas(qkv, causal):
+def _pallas(qkv, bias, first=None, *, causal):
   B, L, _, H, K = qkv.shape
 
-  def tpu(qkv, interpret=False):
-    out = attention_tpu.attention(qkv.reshape(B, L, 3 * H * K), H, causal, interpret)
-    return out.reshape(B, L, H, K)
+  def default(qkv, bias, first=None):
+    return xla(with_bias(qkv, bias), _of_pairs(first), causal, L)
 
-  def cuda(qkv):
-    if attention_gpu.takes(qkv):
-      return attention_gpu.attention(qkv, causal, False)
-    return xla(qkv, None, causal, L)
+  def tpu(qkv, bias, first=None, interpret=False):
+    if first is not None:
+      return default(qkv, bias, first)
+    qkv = with_bias(qkv, bias).reshape(B, L, 3 * H * K)
+    return attention_tpu.attention(qkv, H, causal, interpret).reshape(B, L, H, K)
 
+  def cuda(qkv, bias, first=None):
+    if not attention_gpu.takes(qkv):
+      return default(qkv, bias, first)
+    return attention_gpu.attention(qkv, bias, first, causal, False)
+
+  arrays = (qkv, bias) if first is None else (qkv, bias, first)
   # Not by the default backend: a program may be compiled for chips that are not here.
   return jax.lax.platform_dependent(
-    qkv, tpu=tpu, cuda=cuda, cpu=functools.partial(tpu, interpret=True)
+    *arrays, tpu=tpu, cuda=cuda, cpu=functools.partial(tpu, interpret=True)
   )
+
+
+def _of_pairs(mask):
+  """A mask as of `attend`, of keys and queries if it is of queries' first keys."""
+  if mask is None or mask.ndim != 2:
+    return mask
+  return (jnp.arange(mask.shape[1]) >= mask[..., None])[:, None]
+
+
+@jax.custom_vjp
+def with_bias(qkv, bias):
+  """qkv (B, L, 3, H, K) as it is, with a bias (3, H, K) in it whose gradient was stopped."""
+  return qkv
+
+
+with_bias.defvjp(
+  lambda qkv, bias: (qkv, bias),
+  lambda bias, grad: (grad, jnp.sum(grad, axis=(0, 1)).astype(bias.dtype)),
+)
 
 
 def parts(qkv):
@@ -133,9 +163,9 @@ def _product(spec, a, b):
 
 
 # All compute the same. `short` is the fastest on CPUs and, of the first two, moves less through a
-# TPU's main memory as compiled. In a train step on an H200 `cudnn` is faster than it. `pallas` was
-# timed alone there, for images, and is faster than `cudnn` with what that needs around it; for TPUs
-# it was compiled, never timed, and beside remat=names the compiler's figures see no gain in it.
+# TPU's main memory as compiled. In a train step on an H100 `pallas` is faster than `cudnn`, that
+# than `short`; for TPUs it was compiled, never timed, and beside remat=names the compiler's
+# figures see no gain in it.
 IMPLEMENTATIONS = {"short": short, "xla": xla, "pallas": pallas, "cudnn": cudnn}
 
 
@@ -153,7 +183,9 @@ def pad(x, mask, implementation):
   if implementation != "cudnn" or L % 2 == 0:
     return x, mask
   behind = lambda x, axes: jnp.pad(x, [(0, int(axis in axes)) for axis in range(x.ndim)])
-  if mask is not None:
+  if mask is not None and mask.ndim == 2:
+    mask = behind(mask, (1,))
+  elif mask is not None:
     mask = behind(mask, (2, 3) if mask.shape[2] == L else (3,))
   return behind(x, (1,)), mask
 
@@ -168,26 +200,33 @@ def settle(x):
   return jax.lax.platform_dependent(x, cuda=in_rows, default=lambda x: x)
 
 
-def choose(name, dtype, device):
-  """What `model.attention` = "auto" is on a device: cudnn where it is at hand, else short.
+def choose(name, dtype, device, length, size):
+  """What `model.attention` = "auto" is for up to `length` tokens and heads of `size` numbers.
 
-  device: a jax device, or None.
+  In bfloat16 on an NVIDIA GPU of compute capability 8 or later pallas, or where that is not for
+  such arrays cudnn, if it is at hand; else short. device: a jax device, or None.
   """
   if name != "auto":
     return name
+  nvidia = device and "nvidia" in device.device_kind.lower() and dtype == jnp.bfloat16
+  if not nvidia or float(device.compute_capability) < 8:
+    return "short"
+  example = jax.ShapeDtypeStruct((1, length, 3, 1, size), dtype)
+  if length <= PALLAS_LENGTH and attention_gpu.takes(example):
+    return "pallas"
   # A GPU that is only compiled for has no cuDNN to ask.
-  nvidia = device and "nvidia" in device.device_kind.lower() and jax.default_backend() == "gpu"
-  knows = nvidia and float(device.compute_capability) >= 8
-  return "cudnn" if knows and dtype == jnp.bfloat16 else "short"
+  return "cudnn" if jax.default_backend() == "gpu" else "short"
 
 
-def attend(qkv, mask, *, causal, implementation, length=None):
+def attend(qkv, mask, *, causal, implementation, length=None, bias=None):
   """Queries, keys and values of all heads, (B, L, 3, H, K) -> (B, L, H, K).
 
   qkv: one array, or where `implementation` is in APART a tuple of three, (B, L, H, K) each.
-  mask: (B, 1, 1 or L, L) bool over keys, True where a query may look, or None; `causal` comes on
-  top of it. implementation: a name of IMPLEMENTATIONS. length: the tokens before those that `pad`
-  put behind them; None: all.
+  mask: (B, 1, 1 or L, L) bool over keys, True where a query may look, or (B, L) int32, the first
+  key that each query may look at, or None; `causal` comes on top of it. implementation: a name of
+  IMPLEMENTATIONS. length: the tokens before those that `pad` put behind them; None: all. bias: of
+  `pallas` alone, (3, H, K), what was added to qkv with its gradient stopped; it has that gradient
+  from here.
 
   Raises:
     ValueError: unknown implementation.
@@ -196,4 +235,6 @@ def attend(qkv, mask, *, causal, implementation, length=None):
     raise ValueError(
       f"model.attention must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
     )
-  return IMPLEMENTATIONS[implementation](qkv, mask, causal, length)
+  if implementation == "pallas":
+    return pallas(qkv, mask, causal, length, bias)
+  return IMPLEMENTATIONS[implementation](qkv, _of_pairs(mask), causal, length)

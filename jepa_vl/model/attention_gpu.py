@@ -28,46 +28,58 @@ def takes(qkv):
   return qkv.shape[1] >= SHORTEST and K >= 16 and K & (K - 1) == 0 and qkv.dtype == jnp.bfloat16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def attention(qkv, causal, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attention(qkv, bias, first, causal, interpret):
   """qkv: (B, L, 3, H, K) -> (B, L, H, K).
 
+  first: (B, L) int32, the first key that each query sees, or None.
+  bias: (3, H, K), what was added to qkv with its gradient stopped; it has that gradient from here.
   Products take their operands as they come and add up in float32; the softmax is in float32.
   interpret: True to run anywhere, slowly.
   """
-  return _attention_fwd(qkv, causal, interpret)[0]
+  return _attention_fwd(qkv, bias, first, causal, interpret)[0]
 
 
-def _attention_fwd(qkv, causal, interpret):
+def _attention_fwd(qkv, bias, first, causal, interpret):
   B, L, _, H, K = qkv.shape
   out = jax.ShapeDtypeStruct((B, L, H, K), qkv.dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)
-  out, total = _call(_forward, (qkv,), out, causal, interpret, stages=2)
-  return out, (qkv, out, total)
+  out, total = _call(_forward, (qkv,), out, first, causal, interpret, stages=2)
+  return out, (qkv, bias, first, out, total)
 
 
 def _attention_bwd(causal, interpret, kept, grad):
-  qkv, out, total = kept
+  qkv, bias, first, out, total = kept
   own = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
   kernel, stages = (_backward_short, 2) if len(_parts(qkv.shape[1])) <= 2 else (_backward, 3)
-  (dqkv,) = _call(kernel, (qkv, grad, total, own), (qkv,), causal, interpret, stages)
-  return (dqkv,)
+  outs = qkv, jax.ShapeDtypeStruct((len(qkv), *bias.shape), jnp.float32)
+  dqkv, sums = _call(kernel, (qkv, grad, total, own), outs, first, causal, interpret, stages)
+  return dqkv, sums.sum(axis=0).astype(bias.dtype), None
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _call(kernel, arrays, out_shapes, causal, interpret, stages):
+def _call(kernel, arrays, out_shapes, first, causal, interpret, stages):
   B, L, _, H, K = arrays[0].shape
+  if first is not None:
+    arrays = *arrays, first
 
   def block(x):
     if x.ndim == 5:
       return pl.BlockSpec((None, L, 3, None, K), lambda h, b: (b, 0, 0, h, 0))
     if x.ndim == 4:
-      return pl.BlockSpec((None, L, None, K), lambda h, b: (b, 0, h, 0))
+      return pl.BlockSpec((None, x.shape[1], None, K), lambda h, b: (b, 0, h, 0))
+    if x.ndim == 2:
+      return pl.BlockSpec((None, L), lambda h, b: (b, 0))
     return pl.BlockSpec((None, None, L), lambda h, b: (b, h, 0))
 
+  def body(*refs):
+    ins, outs = refs[: len(arrays)], refs[len(arrays) :]
+    *ins, first_ref = ins if first is not None else (*ins, None)
+    kernel(*ins, *outs, first_ref, L=L, causal=causal)
+
   return pl.pallas_call(
-    functools.partial(kernel, L=L, causal=causal),
+    body,
     grid=(H, B),  # an image's heads one after the other: they are neighbours in memory
     in_specs=[block(x) for x in arrays],
     out_specs=[block(x) for x in out_shapes],
@@ -93,45 +105,48 @@ def _over(L, body, carry, first=0, last=None, tail=True):
   return body(L - rest, rest, carry) if tail and rest else carry
 
 
-def _each(L, body):
-  """body(start, size, i) on every block; i is its number, or None of the tail."""
+def _each(L, body, carry=None):
+  """carry after body(start, size, i, carry) on every block; i: its number, None of the tail."""
   size, count, rest = blocks(L)
-  jax.lax.fori_loop(0, count, lambda i, _: body(i * size, size, i), None)
-  if rest:
-    body(L - rest, rest, None)
+  step = lambda i, carry: body(i * size, size, i, carry)
+  carry = jax.lax.fori_loop(0, count, step, carry)
+  return body(L - rest, rest, None, carry) if rest else carry
 
 
-def _visible(s, L, start, outer, causal, keys_inside):
+def _visible(s, L, start, outer, causal, keys_inside, first):
   """Logits s (outer rows, rows from `start`) with those of weight 0 made so.
 
   Of the tail, rows that the block before has had; if causal, keys behind their query, the keys
-  being the inner rows or the outer ones.
+  being the inner rows or the outer ones; and keys before each query's `first`, or None.
   """
   inner = start + jnp.arange(s.shape[1])
-  visible = None
+  conditions = []
   if isinstance(start, int) and start:  # the tail
-    size, count, _ = blocks(L)
-    visible = inner[None, :] >= count * size
+    conditions.append(inner[None, :] >= blocks(L)[0] * blocks(L)[1])
+  inner, outer = inner[None, :], outer[:, None]
+  keys, queries = (inner, outer) if keys_inside else (outer, inner)
   if causal:
-    inner, outer = inner[None, :], outer[:, None]
-    earlier = inner <= outer if keys_inside else outer <= inner
-    visible = earlier if visible is None else visible & earlier
-  return s if visible is None else jnp.where(visible, s, _NEVER)
+    conditions.append(keys <= queries)
+  if first is not None:
+    conditions.append(keys >= (first[:, None] if keys_inside else first[None, :]))
+  if not conditions:
+    return s
+  return jnp.where(functools.reduce(jnp.logical_and, conditions), s, _NEVER)
 
 
-def _forward(qkv_ref, out_ref, total_ref, *, L, causal):
+def _forward(qkv_ref, out_ref, total_ref, first_ref, *, L, causal):
   K = qkv_ref.shape[-1]
   scale = math.log2(math.e) / K**0.5  # weights are powers of two
 
-  def queries(start, size, i):
+  def queries(start, size, i, _):
     mine = pl.ds(start, size)
-    q = qkv_ref[mine, 0, :]
+    q, first = qkv_ref[mine, 0, :], _of(first_ref, mine)
     rows = start + jnp.arange(size)
 
     def keys(start, size, carry):
       out, most, total = carry
       k, v = (qkv_ref[pl.ds(start, size), part, :] for part in (1, 2))
-      s = _visible(_dot(q, k.T) * scale, L, start, rows, causal, True)
+      s = _visible(_dot(q, k.T) * scale, L, start, rows, causal, True, first)
       more = jnp.maximum(most, s.max(axis=1))
       weights, share = jnp.exp2(s - more[:, None]), jnp.exp2(most - more)
       out = out * share[:, None] + _dot(weights.astype(v.dtype), v)
@@ -146,56 +161,74 @@ def _forward(qkv_ref, out_ref, total_ref, *, L, causal):
   _each(L, queries)
 
 
+def _of(ref, rows):
+  return None if ref is None else ref[rows]
+
+
 def _before(i, causal):
   """Blocks of keys that the queries of block i see."""
   return dict(last=i + 1, tail=False) if causal and i is not None else {}
 
 
-def _backward(qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, *, L, causal):
+def _backward(
+  qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, sums_ref, first_ref, *, L, causal
+):
   """Logits twice: once for the gradients of queries, once for those of keys and values.
 
-  own: the sum over a query's numbers of its result times the gradient, (L,).
+  own: the sum over a query's numbers of its result times the gradient, (L,). sums: dqkv's over
+  tokens, (3, K).
   """
   K = qkv_ref.shape[-1]
   scale = math.log2(math.e) / K**0.5
   zeros = lambda size: jnp.zeros((size, K), jnp.float32)
-  of_queries = lambda mine: (qkv_ref[mine, 0, :], grad_ref[mine, :], total_ref[mine], own_ref[mine])
 
-  def queries(start, size, i):
-    q, grad, total, own = of_queries(pl.ds(start, size))
+  def of_queries(mine):
+    q, first = qkv_ref[mine, 0, :], _of(first_ref, mine)
+    return q, grad_ref[mine, :], total_ref[mine], own_ref[mine], first
+
+  def queries(start, size, i, sums):
+    q, grad, total, own, first = of_queries(pl.ds(start, size))
     rows = start + jnp.arange(size)
 
     def keys(start, size, dq):
       k, v = (qkv_ref[pl.ds(start, size), part, :] for part in (1, 2))
-      s = _visible(_dot(q, k.T) * scale, L, start, rows, causal, True)
+      s = _visible(_dot(q, k.T) * scale, L, start, rows, causal, True, first)
       ds = jnp.exp2(s - total[:, None]) * (_dot(grad, v.T) - own[:, None])
       return dq + _dot(ds.astype(k.dtype), k)
 
-    dq = _over(L, keys, zeros(size), **_before(i, causal))
-    dqkv_ref[pl.ds(start, size), 0, :] = (dq * K**-0.5).astype(dqkv_ref.dtype)
+    dq = _over(L, keys, zeros(size), **_before(i, causal)) * K**-0.5
+    return give(0, start, size, i, dq, sums)
 
-  def keys(start, size, i):
+  def give(part, start, size, i, x, sums):
+    dqkv_ref[pl.ds(start, size), part, :] = x.astype(dqkv_ref.dtype)
+    if i is None:  # rows that the block before has had
+      x = jnp.where(_new(size, L - blocks(L)[0] * blocks(L)[1])[:, None], x, 0)
+    return sums + jnp.sum(x, axis=0)
+
+  def keys(start, size, i, sums):
     k, v = (qkv_ref[pl.ds(start, size), part, :] for part in (1, 2))
     rows = start + jnp.arange(size)
 
     def queries(start, size, carry):
       dk, dv = carry
-      q, grad, total, own = of_queries(pl.ds(start, size))
+      q, grad, total, own, seen = of_queries(pl.ds(start, size))
       # Keys first: no result need be turned.
-      s = _visible(_dot(k, q.T) * scale, L, start, rows, causal, False)
+      s = _visible(_dot(k, q.T) * scale, L, start, rows, causal, False, seen)
       weights = jnp.exp2(s - total[None, :])
       ds = weights * (_dot(v, grad.T) - own[None, :])
       dv += _dot(weights.astype(grad.dtype), grad)
       return dk + _dot(ds.astype(q.dtype), q), dv
 
     # The tail's first rows are of the last whole block.
-    first = 0 if not causal else blocks(L)[1] - 1 if i is None else i
-    dk, dv = _over(L, queries, (zeros(size), zeros(size)), first=first)
-    dqkv_ref[pl.ds(start, size), 1, :] = (dk * K**-0.5).astype(dqkv_ref.dtype)
-    dqkv_ref[pl.ds(start, size), 2, :] = dv.astype(dqkv_ref.dtype)
+    begin = 0 if not causal else blocks(L)[1] - 1 if i is None else i
+    dk, dv = _over(L, queries, (zeros(size), zeros(size)), first=begin)
+    of_k, of_v = sums
+    return give(1, start, size, i, dk * K**-0.5, of_k), give(2, start, size, i, dv, of_v)
 
-  _each(L, queries)
-  _each(L, keys)
+  none = jnp.zeros(K, jnp.float32)
+  of_q = _each(L, queries, none)
+  for part, found in enumerate((of_q, *_each(L, keys, (none, none)))):
+    sums_ref[part, :] = found
 
 
 def _parts(L):
@@ -205,16 +238,18 @@ def _parts(L):
   return [*whole, (L - rest, rest, L - count * size)] if rest else whole
 
 
-def _backward_short(qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, *, L, causal):
+def _backward_short(
+  qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, sums_ref, first_ref, *, L, causal
+):
   """As `_backward`, with all gradients of all queries at hand, so that logits are computed once."""
   K = qkv_ref.shape[-1]
   scale = math.log2(math.e) / K**0.5
   zeros = lambda size: jnp.zeros((size, K), jnp.float32)
   parts = _parts(L)
-  dqs = [zeros(size) for _, size, _ in parts]
+  dqs, sums = [zeros(size) for _, size, _ in parts], [jnp.zeros(K, jnp.float32)] * 3
   for j, (k_start, k_size, k_new) in enumerate(parts):
     k, v = (qkv_ref[pl.ds(k_start, k_size), part, :] for part in (1, 2))
-    dk, dv = zeros(k_size), zeros(k_size)
+    key, dk, dv = (k_start + jnp.arange(k_size))[:, None], zeros(k_size), zeros(k_size)
     for i, (start, size, new) in enumerate(parts):
       if causal and i < j:
         continue
@@ -223,16 +258,20 @@ def _backward_short(qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, *, L, causa
       s = _dot(k, q.T) * scale
       visible = _new(k_size, k_new)[:, None] & _new(size, new)[None, :]
       if causal:
-        visible &= (k_start + jnp.arange(k_size))[:, None] <= (start + jnp.arange(size))[None, :]
+        visible &= key <= (start + jnp.arange(size))[None, :]
+      if first_ref is not None:
+        visible &= key >= first_ref[mine][None, :]
       weights = jnp.exp2(jnp.where(visible, s, _NEVER) - total_ref[mine][None, :])
       ds = (weights * (_dot(v, grad.T) - own_ref[mine][None, :])).astype(q.dtype)
       dv += _dot(weights.astype(grad.dtype), grad)
       dk += _dot(ds, q)
       dqs[i] += _dot(ds.T, k)
-    _store(dqkv_ref, parts[j], 1, dk * K**-0.5)
-    _store(dqkv_ref, parts[j], 2, dv)
+    for which, x in ((1, dk * K**-0.5), (2, dv)):
+      sums[which] += _store(dqkv_ref, parts[j], which, x)
   for part, dq in zip(parts, dqs, strict=True):
-    _store(dqkv_ref, part, 0, dq * K**-0.5)
+    sums[0] += _store(dqkv_ref, part, 0, dq * K**-0.5)
+  for which, found in enumerate(sums):
+    sums_ref[which, :] = found
 
 
 def _new(size, new):
@@ -241,11 +280,13 @@ def _new(size, new):
 
 
 def _store(ref, part, which, x):
+  """Writes rows of a part that are its own; returns their sum."""
   start, size, new = part
   # An array for an index: masked stores, interpreted, take no number.
   ref = ref.at[pl.ds(start, size), jnp.asarray(which, jnp.int32), :]
   mask = jnp.broadcast_to(_new(size, new)[:, None], x.shape)
   plgpu.store(ref, x.astype(ref.dtype), mask=mask)
+  return jnp.sum(jnp.where(mask, x, 0), axis=0)
 
 
 def _dot(a, b):

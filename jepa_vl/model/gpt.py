@@ -24,13 +24,13 @@ def readout_positions(mask, how):
 
 
 def own_caption(position):
-  """Keys that do not lie before a token's caption, (B, L, L) bool; the rest is causal attention's.
+  """The place where each token's caption begins, (B, L) int32; what lies behind the token, causal
+  attention does not see.
 
   position: (B, L) int32, the place of each token in its caption; 0 in padding, which so sees
   nothing but itself.
   """
-  t = jnp.arange(position.shape[1])
-  return t >= (t - position)[..., None]
+  return jnp.arange(position.shape[1]) - position
 
 
 class GPT(nn.Module):
@@ -74,7 +74,7 @@ class GPT(nn.Module):
     else:
       text, position = text.reshape(-1, L), position.reshape(-1, L)  # (G R, L)
       positions = positions[position]
-      keys = own_caption(position)[:, None]
+      keys = own_caption(position)
     # Whole over fsdp, which splits the tokens too; a table split otherwise than what it gives
     # would have XLA make every token's row on every device.
     table = constrain(embed.embedding, None, "tensor")  # (V, W)

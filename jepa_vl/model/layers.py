@@ -25,10 +25,12 @@ class Qkv(nn.Module):
   """`nn.DenseGeneral` from W to (3, H, K); apart: its three parts as arrays of their own.
 
   Three products then: cut out of one product's result, each part would be copied once more.
+  bias_apart: the bias has no gradient from here, but from what takes it beside the result.
   """
 
   heads: int
   apart: bool
+  bias_apart: bool
   kernel_init: Any
   dtype: Any
 
@@ -40,6 +42,8 @@ class Qkv(nn.Module):
     kernel = self.param("kernel", flat, (W, *shape))
     bias = self.param("bias", nn.initializers.zeros, shape)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    if self.bias_apart:
+      bias = jax.lax.stop_gradient(bias)
     # With the bias along one axis XLA for GPUs adds it within the product.
     dense = lambda kernel, bias: x @ kernel.reshape(W, -1) + bias.reshape(-1)
     if self.apart:
@@ -68,12 +72,13 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, mask, select=None):
     W = x.shape[-1]
-    apart = self.implementation in attention.APART
-    qkv = Qkv(self.heads, apart, self.kernel_init, self.dtype, name="qkv")(x)
-    qkv = checkpoint_name(qkv, "qkv")
+    apart, ours = self.implementation in attention.APART, self.implementation == "pallas"
+    project = Qkv(self.heads, apart, ours, self.kernel_init, self.dtype, name="qkv")
+    qkv = checkpoint_name(project(x), "qkv")
     x = attention.attend(
-      qkv, mask, causal=self.causal, implementation=self.implementation, length=self.length
-    )  # (B, L, H, K)
+      qkv, mask, causal=self.causal, implementation=self.implementation, length=self.length,
+      bias=project.get_variable("params", "bias") if ours else None,
+    )  # (B, L, H, K)  # fmt: skip
     x = checkpoint_name(x, "attention")
     if select:
       heads = x.shape[2:]

@@ -155,6 +155,8 @@ def from_config(model, text, *, vocab_size, dtype, scalars, device=None):
       f"use a multiple of {model.patch_size}, for example "
       f"{max(model.image_size // model.patch_size, 1) * model.patch_size}"
     )
+  length = max(1 + (model.image_size // model.patch_size) ** 2, text.length)
+  size = width(model.size) // SIZES[model.size][2]  # of a head
   return TwoTower(
     size=model.size,
     image_size=model.image_size,
@@ -172,7 +174,7 @@ def from_config(model, text, *, vocab_size, dtype, scalars, device=None):
     readout=text.readout,
     scan=model.scan,
     remat=model.remat,
-    attention=attention.choose(model.attention, dtype, device),
+    attention=attention.choose(model.attention, dtype, device, length, size),
     pointwise=pointwise.choose(model.pointwise, dtype, device),
     dtype=dtype,
   )
