@@ -146,14 +146,14 @@ def build(config, *, training=True, devices=None):
     model = model.clone(remat="none")  # shapes and evaluations do not depend on it
   probe = online_probe.from_config(config.probe, two_tower.width(config.model.size))
   run = Run(config, mesh, source, tokenizer, model, tx, None, None, probe)
-  run.abstract_state = state_lib.abstract_state(model, tx, mesh, probe)
+  run.abstract_state = state_lib.abstract_state(model, tx, mesh, probe, config.optim.sharded)
   if not training:
     return run
   if memory.is_open(config):
     _fill_in(run, None if devices is None else chips.find(devices[0].device_kind))
   train_step = step_lib.make_train_step(
     run.model, objective, tx, seed=config.seed, accumulate=config.accumulate,
-    log_every=config.log_every, probe=run.probe,
+    log_every=config.log_every, probe=run.probe, shard_optimizer=config.optim.sharded,
   )  # fmt: skip
   run.train_step = step_lib.jit_train_step(train_step, run.abstract_state, mesh)
   return run

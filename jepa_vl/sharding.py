@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
+LANES = 128  # numbers in a row of a TPU's tile
 BATCH = ("data", "fsdp")  # a batch is split over both; fsdp also splits the parameters
 
 # First match wins. Tower kernels carry a leading layer dimension, which is never split.
@@ -93,6 +94,15 @@ def constrain(x, *axes):
   return jax.lax.with_sharding_constraint(x, spec_of(x.shape, *axes))
 
 
+def constrain_to(tree, spec):
+  """Pins every leaf of a tree of parameters' size to `spec`(name, shape, mesh)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+  pin = lambda path, x: jax.lax.with_sharding_constraint(x, spec(path_name(path), x.shape, mesh))
+  return jax.tree_util.tree_map_with_path(pin, tree)
+
+
 def spec_of(shape, *axes):
   """PartitionSpec of an activation in the mesh that is set, as `constrain` pins it."""
   axes = [BATCH if a == "batch" else a for a in axes]
@@ -114,6 +124,25 @@ def spec_for(name, shape, mesh):
   return _divided(spec, shape, mesh) if len(spec) <= len(shape) else P()
 
 
+def replica_spec(name, shape, mesh):
+  """`spec_for`, and what that leaves whole divided over `data` where a dimension allows it.
+
+  Of a parameter's optimizer state and update, which each replica then keeps and computes a part
+  of: weight-update sharding (Xu et al., arXiv 2004.13336), ZeRO's first stage (arXiv 1910.02054).
+  """
+  spec = [*spec_for(name, shape, mesh)]
+  spec += [None] * (len(shape) - len(spec))
+  # A last dimension in pieces of fewer numbers than a TPU's tile has lanes would be mostly padding.
+  data, last = mesh.shape["data"], len(shape) - 1
+  free = [
+    (n, -i) for i, n in enumerate(shape)
+    if _pieces(spec[i], mesh) == 1 and n % data == 0 and (i < last or n // data >= LANES)
+  ]  # fmt: skip
+  if free:
+    spec[-max(free)[1]] = "data"
+  return P(*spec)
+
+
 def _divided(spec, shape, mesh):
   return P(*(a if n % _pieces(a, mesh) == 0 else None for a, n in zip(spec, shape, strict=False)))
 
@@ -124,10 +153,10 @@ def _pieces(axes, mesh):
   return math.prod(mesh.shape[a] for a in axes)
 
 
-def shardings_of(tree, mesh):
+def shardings_of(tree, mesh, spec=spec_for):
   """NamedSharding for every leaf of a tree of arrays or shapes (parameters, optimizer state)."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(mesh, spec_for(path_name(path), x.shape, mesh)), tree
+    lambda path, x: NamedSharding(mesh, spec(path_name(path), x.shape, mesh)), tree
   )
 
 

@@ -41,20 +41,31 @@ def init_fn(model, tx, probe=None):
   return init
 
 
-def abstract_state(model, tx, mesh, probe=None):
-  """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated."""
+def abstract_state(model, tx, mesh, probe=None, shard_optimizer=False):
+  """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
+
+  shard_optimizer: the optimizer's part is divided over the mesh's `data` axis, too.
+  """
   shapes = jax.eval_shape(init_fn(model, tx, probe), jax.random.key(0))
-  shardings = sharding.shardings_of(shapes, mesh)
   as_struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  return jax.tree.map(as_struct, shapes, shardings)
+  return jax.tree.map(as_struct, shapes, _shardings(shapes, mesh, shard_optimizer))
 
 
-def init_state(model, tx, mesh, seed, probe=None):
+def init_state(model, tx, mesh, seed, probe=None, shard_optimizer=False):
   """The initial state on the mesh; each device makes only its own shards."""
   init = init_fn(model, tx, probe)
-  shardings = sharding.shardings_of(jax.eval_shape(init, jax.random.key(seed)), mesh)
+  shapes = jax.eval_shape(init, jax.random.key(seed))
   with jax.set_mesh(mesh):
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=_shardings(shapes, mesh, shard_optimizer))(
+      jax.random.key(seed)
+    )
+
+
+def _shardings(shapes, mesh, shard_optimizer):
+  found = sharding.shardings_of(shapes, mesh)
+  if shard_optimizer:
+    found = found.replace(opt=sharding.shardings_of(shapes.opt, mesh, sharding.replica_spec))
+  return found
 
 
 def init_variables(model, mesh, seed):

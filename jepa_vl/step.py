@@ -11,7 +11,9 @@ from jepa_vl import sharding
 from jepa_vl.state import TrainState
 
 
-def make_train_step(model, objective, tx, *, seed, accumulate, log_every, probe=None):
+def make_train_step(
+  model, objective, tx, *, seed, accumulate, log_every, probe=None, shard_optimizer=False
+):
   """Returns train_step(state, batch) -> (state, metrics), pure.
 
   With `accumulate` = A the batch is cut into A micro-batches of every A-th row, whose gradients
@@ -25,6 +27,8 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every, probe=
 
   probe: an OnlineProbe, for which batches have `label`. Its loss is of stopped gradients and has
   no part in `loss` or `grad_norm`, so the encoder trains as without it.
+
+  shard_optimizer: as of `state.abstract_state`; each replica computes its part of the update.
   """
 
   def loss_fn(trained, batch_stats, batch, rng, due):
@@ -50,6 +54,8 @@ def make_train_step(model, objective, tx, *, seed, accumulate, log_every, probe=
     (grads, of_probe), (terms, diagnostics, batch_stats) = grad_fn(
       trained, state.batch_stats, batch, rng, due
     )
+    if shard_optimizer:
+      grads = sharding.constrain_to(grads, sharding.replica_spec)
     with jax.named_scope("optimizer"):
       updates, opt = tx.update(grads, state.opt, state.params)
       params = optax.apply_updates(state.params, updates)

@@ -59,7 +59,9 @@ def _train(config, workdir, watch):
         "--workdir"
       )
   else:
-    start, state = 0, state_lib.init_state(run.model, run.tx, run.mesh, config.seed, run.probe)
+    start, state = 0, state_lib.init_state(
+      run.model, run.tx, run.mesh, config.seed, run.probe, config.optim.sharded
+    )
     if config.init_from:
       state = initialise_from(run, state)
   if jax.process_index() == 0:

@@ -59,7 +59,9 @@ def follow(config, cases, folder):
 def _ten_steps(config, keys):
   config.update_from_flattened_dict(keys)
   run = build(config)
-  state = state_lib.init_state(run.model, run.tx, run.mesh, config.seed)
+  state = state_lib.init_state(
+    run.model, run.tx, run.mesh, config.seed, shard_optimizer=config.optim.sharded
+  )
   parts, count = sharding.row_parts(run.mesh)
   data = pipeline.batches(
     run.source, run.tokenizer, run.data_config, batch_size=config.batch_size, seed=config.seed,

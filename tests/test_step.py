@@ -52,7 +52,9 @@ def first_step(config, mesh_sizes):
   c = config.copy_and_resolve_references()
   c.mesh.update(mesh_sizes)
   run = build(c)
-  state = state_lib.init_state(run.model, run.tx, run.mesh, c.seed)
+  state = state_lib.init_state(
+    run.model, run.tx, run.mesh, c.seed, shard_optimizer=c.optim.sharded
+  )
   before = jax.device_get(state)
   batch = sharding.put_batch(example(c, run.model.vocab_size), run.mesh)
   with jax.set_mesh(run.mesh):
@@ -84,6 +86,7 @@ def with_gradient(name, leaf):
   [
     pytest.param("", MESHES[0], marks=pytest.mark.slow),
     *[("", sizes) for sizes in MESHES[1:]],
+    ("sharded optimizer", {"data": 4, "fsdp": 1, "tensor": 2}),
     pytest.param("plus", MESHES[2], marks=pytest.mark.slow),
     *(pytest.param(p, MESHES[2], marks=pytest.mark.slow) for p in ("clip", "siglip")),
   ],
@@ -91,7 +94,10 @@ def with_gradient(name, leaf):
 )
 def test_sharded_equals_single_device(config, mesh_sizes, preset):
   """Loss terms, gradients and one AdamW step, float32, 1e-5."""
-  presets.apply(config, preset)
+  if preset == "sharded optimizer":
+    config.optim.sharded = True
+  else:
+    presets.apply(config, preset)
   config.objective.group_size = 8
   config.objective.chunk_size = 4
   config.data.local_size = 8
@@ -148,6 +154,18 @@ def test_options_that_save_are_the_same_on_every_mesh(config):
     if re.search("blocks/.*kernel$", name):
       assert "/mu/" in name and x.dtype == jnp.bfloat16, name
       assert np.prod(x.sharding.shard_shape(x.shape)) == x.size / 4, name
+
+
+def test_a_sharded_optimizers_state_is_split_over_data_and_parameters_are_not(config):
+  config.optim.sharded = True
+  _, state, _ = first_step(config, {"data": 4, "fsdp": 1, "tensor": 2})
+  up = lambda tree: next(
+    x for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    if sharding.path_name(path).endswith("image/tower/blocks/mlp/up/kernel")
+  )  # fmt: skip
+  shard = lambda x: x.sharding.shard_shape(x.shape)
+  assert shard(up(state.params)) == (4, 128, 256)
+  assert shard(up(state.opt)) == (4, 32, 256)
 
 
 def test_parameters_are_split_as_the_table_says(config):
