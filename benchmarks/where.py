@@ -81,6 +81,9 @@ def main():
   parser.add_argument("--steps", type=int, default=3)
   args, keys = parser.parse_known_args()
   allocator.keep_freed_memory()
+  # A GPU's kernels within a command buffer do not say of which instruction they are.
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+  os.environ["XLA_FLAGS"] = flags.strip()
   from benchmarks import step as bench
 
   c = bench.make_config(args.size, args.batch, args.image_size, keys)

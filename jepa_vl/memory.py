@@ -71,8 +71,9 @@ def _row_bytes(config, model, mesh, sides, text_rows):
   kept = lambda n, remat: _layer_bytes(n, remat, **kwargs)
   total = depth * sum(kept(n, model.remat) for n in images)
   total += depth * text_rows * kept(model.text_length, model.remat)
-  # The backward pass of one layer holds the whole layer, whatever was kept of it.
-  total += max(sum(kept(n, "none") for n in images), text_rows * kept(model.text_length, "none"))
+  # The backward pass of one layer holds the whole layer, whatever was kept of it, and gradients.
+  held = lambda n: kept(n, "none") + _gradient_bytes(n, **kwargs)
+  total += max(sum(held(n) for n in images), text_rows * held(model.text_length))
   total += sum(3 * side**2 * (itemsize + 4) for side in sides)  # pixels, and their patches
   layers = (1 + model.predictor_depth) * (len(sides) + 1)
   total += layers * model.hidden_dim * 3 * itemsize
@@ -101,6 +102,13 @@ def _layer_bytes(tokens, remat, *, width, heads, itemsize, tensor, tiled, attent
     "pallas": 0, "cudnn": 0,
   }  # fmt: skip
   return n * (width * itemsize * (4 + 12 / tensor) + 4 * 4) + of_attention[attention]
+
+
+def _gradient_bytes(tokens, *, width, heads, itemsize, tensor, tiled, attention):
+  """Of one layer's largest arrays: hidden units', and the logits', in float32 and rounded."""
+  n = _up(tokens, 8) if tiled else tokens
+  logits = n * (_up(tokens, 128) if tiled else tokens) * heads * (attention in ("xla", "short"))
+  return (4 * n * width * itemsize + logits * (4 + itemsize)) / tensor
 
 
 def _objective_bytes(config):

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jepa_vl import sharding
 from jepa_vl.model import attention
 
 
@@ -101,3 +104,14 @@ def test_auto_takes_kernels_where_they_are_for_it(monkeypatch):
     assert choose(gpu("9.0"), **what) == "short"  # no cuDNN to ask
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert choose(gpu("9.0"), length=785) == choose(gpu("9.0"), size=80) == "cudnn"
+
+
+def test_each_gpu_settles_its_own_rows():
+  """Of the whole array the compiler would make a copy on every device, ten a layer."""
+  mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)
+  rows = NamedSharding(mesh, P(sharding.BATCH))
+  x = jax.ShapeDtypeStruct((16, 5, 64), jnp.bfloat16, sharding=rows)
+  with jax.set_mesh(mesh):
+    program = jax.jit(attention.settle).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+  (line,) = (line for line in program.splitlines() if "LayoutConstraint" in line)
+  assert "tensor<2x5x64xbf16>" in line

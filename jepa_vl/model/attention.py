@@ -197,6 +197,10 @@ def settle(x):
   residual stream's traffic doubles.
   """
   in_rows = lambda x: with_layout_constraint(x, Layout((0, 1, 2)))
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:  # the compiler would gather all rows on every device to constrain them
+    rows = sharding.spec_of(x.shape, "batch", None, None)
+    in_rows = jax.shard_map(in_rows, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
   return jax.lax.platform_dependent(x, cuda=in_rows, default=lambda x: x)
 
 

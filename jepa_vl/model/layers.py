@@ -56,7 +56,7 @@ class Qkv(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; mask: (B, 1, 1 or L, L) bool over keys or None.
+  """Multi-head self-attention; mask as of `attention.attend`, select as of Block.
 
   length: tokens of a row; what lies behind them is padding that none of them sees.
   """
