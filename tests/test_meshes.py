@@ -26,6 +26,7 @@ def case(data=1, fsdp=1, tensor=1, slices=1, **more):
 
 
 PACKED = {"accumulate": 2, "data.text_packing": True}
+SHARDED = {"optim.sharded": True}
 # (processes, devices of each): what runs there, in one start.
 # Here both processes feed the same rows; then each its half, as a slice.
 IN_THE_SUITE = {(2, 2): [case(tensor=4, **PACKED), case(data=2, fsdp=2, slices=2, **PACKED)]}
@@ -34,7 +35,7 @@ ALL = {
   (1, 2): [case(data=2), case(fsdp=2, **PACKED), case(tensor=2)],
   (1, 4): [case(data=4, slices=2), case(fsdp=4), case(data=2, tensor=2), case(fsdp=2, tensor=2)],
   (2, 1): [case(data=2, slices=2), case(tensor=2)],
-  (2, 2): [case(data=2, fsdp=2), case(fsdp=4), case(tensor=4)],
+  (2, 2): [case(data=2, fsdp=2), case(fsdp=4), case(tensor=4), case(data=4, **SHARDED)],
   (2, 4): [case(data=2, fsdp=2, tensor=2), case(fsdp=4, tensor=2),
            case(data=4, tensor=2, slices=4, **PACKED)],
   (4, 1): [case(data=4), case(data=2, tensor=2, **PACKED)],
@@ -120,13 +121,17 @@ def variant_of(keys):
   return {k: v for k, v in keys.items() if not k.startswith("mesh.")}
 
 
+def words(variant):
+  return {json.dumps({}): "", json.dumps(PACKED): "packed"}.get(json.dumps(variant), "sharded")
+
+
 def compare(config, folder, places):
   """Runs all, prints the table, and asserts that it shows no difference."""
   variants = {json.dumps(variant_of(c)): variant_of(c) for cases in places.values() for c in cases}
   alone = run_all(config, folder, 1, 1, [case(**v) for v in variants.values()])
   expected = dict(zip(variants, (seen for (seen,) in alone), strict=True))
   wrong = []
-  print(f"\n{'processes x devices':<21}{'mesh':<38}{'':<9}{'loss':>8}{'grad norm':>11}  ids")
+  print(f"\n{'processes x devices':<21}{'mesh':<38}{'':<10}{'loss':>8}{'grad norm':>11}  ids")
   for (count, devices), cases in places.items():
     (folder / "runs").mkdir(exist_ok=True)
     found = run_all(config, folder / "runs", count, devices, cases)
@@ -138,7 +143,7 @@ def compare(config, folder, places):
                for k in ("loss", "grad_norm")}  # fmt: skip
       same = sample_ids(seen) == sample_ids([reference])
       line = (
-        f"{f'{count} x {devices}':<21}{mesh:<38}{'packed' if variant else '':<9}"
+        f"{f'{count} x {devices}':<21}{mesh:<38}{words(variant):<10}"
         f"{error['loss']:>8.0e}{error['grad_norm']:>11.0e}  {'equal' if same else 'DIFFER'}"
       )
       print(line, flush=True)
@@ -154,5 +159,5 @@ def test_two_processes_take_the_same_ten_steps_as_one_device(config, tmp_path):
 
 @pytest.mark.slow
 def test_any_processes_and_devices_take_the_same_ten_steps(config, tmp_path):
-  """Losses and gradient norms to 1e-5, the same sample ids: 22 meshes on 9 sets of devices."""
+  """Losses and gradient norms to 1e-5, the same sample ids: 23 meshes on 9 sets of devices."""
   compare(config, tmp_path, ALL)
