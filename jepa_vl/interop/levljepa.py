@@ -29,7 +29,8 @@ POSITIONS = 1024  # rows that the authors' loading code expects: GPT2Config's de
 CONFIG = {
   "model": {
     "statistics": "clip", "predictor_dropout": 0.0, "predict_from": "views",
-    "patch_dropout": 0.0, "scan": True, "remat": "none", "attention": "short", "dtype": "auto",
+    "patch_dropout": 0.0, "scan": True, "remat": "none", "attention": "auto",
+    "pointwise": "auto", "dtype": "auto",
   },
   "text": {"length": 77, "readout": "eot"},
   "data": {"eval_resize": 256 / 224},
