@@ -49,12 +49,14 @@ def lowered(mesh, batch, pool):
   """The bridge's step with the encoder before it, lowered for the mesh; nothing is allocated.
 
   Returns:
-    the lowered program, its arguments' shapes, the number of image tokens, FLOPs of a step.
+    the lowered program; its arguments' shapes, and what makes the first of them; the number of
+    image tokens; FLOPs of a step.
   """
   config = vit_b.get_config()
   tower = two_tower.from_config(
-    config.model, config.text, vocab_size=50257, dtype=jnp.bfloat16, scalars={}
-  )
+    config.model, config.text, vocab_size=50257, dtype=jnp.bfloat16, scalars={},
+    device=mesh.devices.flat[0],
+  )  # fmt: skip
   model = language.LanguageModel(LLAMA, True, "full", jnp.bfloat16)
   bridge = bridge_lib.Bridge(LLAMA.width, LLAMA.width, 0.02, jnp.bfloat16)
   how = bridge_fit.Fit(5000, batch, 1e-3, 100, 0.0, 0)
@@ -77,7 +79,8 @@ def lowered(mesh, batch, pool):
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), language.abstract_params(model)
   )
   init = lambda: bridge.init(jax.random.key(0), jnp.zeros((1, n, F)))["params"]
-  first = jax.eval_shape(lambda: bridge_fit.new_state(init(), tx))
+  make_state = lambda: bridge_fit.new_state(init(), tx)
+  first = jax.eval_shape(make_state)
   encoder = jax.eval_shape(state.init_fn(tower, tx), jax.random.key(0)).variables
   rows = NamedSharding(mesh, P(sharding.BATCH))
   shape = lambda dtype, *s: jax.ShapeDtypeStruct((batch, *s), dtype, sharding=rows)
@@ -92,7 +95,7 @@ def lowered(mesh, batch, pool):
   # gradients, a third of training's work, are not made. The text tower is not run.
   image = two_tower.forward_flops(tower, text_rows=0)
   flops = image + 3 * language.forward_flops(LLAMA, OPENING + n + QUESTION + ANSWER, ANSWER + 1)
-  return program, arguments, n, batch * flops
+  return program, arguments, make_state, n, batch * flops
 
 
 def measure(name, data, fsdp, batch, pool):
@@ -100,7 +103,7 @@ def measure(name, data, fsdp, batch, pool):
   topology = topologies.get(name)
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=1, devices=topology.devices)
   started = time.perf_counter()
-  program, _, n, flops = lowered(mesh, batch, pool)
+  program, _, _, n, flops = lowered(mesh, batch, pool)
   compiled = program.compile()
   took = time.perf_counter() - started
   memory = compiled.memory_analysis()
@@ -138,14 +141,17 @@ def step_here(args):
   """Prints what a step takes on this machine's first device."""
   device = jax.devices()[0]
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=[device])
-  program, shapes, n, flops = lowered(mesh, args.batch, args.pool)
+  program, (_, *shapes), make_state, n, flops = lowered(mesh, args.batch, args.pool)
   step = program.compile()
-  state, *rest = jax.tree.map(_random, shapes)
-  seconds = []
+  leaves, tree = jax.tree.flatten(shapes)
+  rest = jax.tree.unflatten(tree, [_random(i, leaf) for i, leaf in enumerate(leaves)])
+  state, seconds = jax.jit(make_state)(), []
   for _ in range(args.steps + 1):
     begun = time.perf_counter()
-    state, _ = jax.block_until_ready(step(state, *rest))
+    state, loss = jax.block_until_ready(step(state, *rest))
     seconds.append(time.perf_counter() - begun)
+  if not np.isfinite(loss):
+    raise SystemExit("the loss is not finite, so the times say little")
   low, median, high = np.quantile(seconds[1:], (0, 0.5, 1))
   memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
   print(
@@ -156,8 +162,8 @@ def step_here(args):
   )
 
 
-def _random(leaf):
-  key = jax.random.key(0)
+def _random(i, leaf):
+  key = jax.random.key(i)
   if leaf.dtype == bool:
     return jnp.ones(leaf.shape, bool)
   if jnp.issubdtype(leaf.dtype, jnp.integer):

@@ -62,3 +62,12 @@ CHIPS = (
 def find(device_kind):
   """The Chip of a JAX device's `device_kind`, or None where it is not known (a CPU)."""
   return next((chip for chip in CHIPS if chip.kind in device_kind), None)
+
+
+def has_bfloat16(device):
+  """Whether a JAX device, here or only compiled for, is an NVIDIA GPU with bfloat16 tensor cores.
+
+  Triton's kernels, too, need compute capability 8.
+  """
+  nvidia = device is not None and "nvidia" in device.device_kind.lower()
+  return nvidia and float(device.compute_capability) >= 8

@@ -36,7 +36,8 @@ def make_mesh(*, data, fsdp, tensor, slices=-1, devices=None):
 
   slices: groups of devices with a slow network (DCN) between them: TPU slices, or nodes of GPUs.
     -1 takes the devices' own word, `slice_index`; a number, that many equal groups of neighbours.
-    They split `data` alone, so that only gradients and batch statistics cross that network.
+    They split `data` alone, so that only gradients and batch statistics cross that network, and
+    under optim.sharded new parameters.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or the slices divide neither.

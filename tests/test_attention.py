@@ -92,26 +92,29 @@ def test_auto_takes_kernels_where_they_are_for_it(monkeypatch):
     device_kind=kind, compute_capability=capability
   )
 
-  def choose(device, dtype=jnp.bfloat16, name="auto", length=197, size=64):
-    return attention.choose(name, dtype, device, length, size)
+  def choose(device, dtype=jnp.bfloat16, name="auto", lengths=(197, 77), size=64, masked=False):
+    return attention.choose(name, dtype, device, lengths, size, masked)
 
   assert choose(gpu("9.0")) == "pallas"  # here only compiled for
   assert choose(jax.devices()[0]) == choose(None) == "short"
   assert choose(gpu("7.5")) == choose(gpu("9.0"), jnp.float32) == "short"
   assert choose(gpu("9.0", "AMD Instinct MI300X")) == "short"
   assert choose(gpu("9.0"), name="xla") == "xla"
-  for what in ({"length": 785}, {"size": 80}):
-    assert choose(gpu("9.0"), **what) == "short"  # no cuDNN to ask
+  others = {"lengths": (785, 77)}, {"lengths": (197, 12)}, {"size": 80}, {"masked": True}
+  assert {choose(gpu("9.0"), **what) for what in others} == {"short"}  # no cuDNN to ask
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert choose(gpu("9.0"), length=785) == choose(gpu("9.0"), size=80) == "cudnn"
+  assert {choose(gpu("9.0"), **what) for what in others} == {"cudnn"}
 
 
 def test_each_gpu_settles_its_own_rows():
-  """Of the whole array the compiler would make a copy on every device, ten a layer."""
-  mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)
+  """Of the whole array the compiler would make a copy on every device, ten a layer; and a gradient
+  that all devices of `tensor` hold would be added up."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   rows = NamedSharding(mesh, P(sharding.BATCH))
   x = jax.ShapeDtypeStruct((16, 5, 64), jnp.bfloat16, sharding=rows)
   with jax.set_mesh(mesh):
-    program = jax.jit(attention.settle).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-  (line,) = (line for line in program.splitlines() if "LayoutConstraint" in line)
-  assert "tensor<2x5x64xbf16>" in line
+    for f in (attention.settle, lambda x: jax.vjp(attention.settle, x)[1](x)[0]):
+      program = jax.jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+      lines = [line for line in program.splitlines() if "LayoutConstraint" in line]
+      assert lines and all("tensor<4x5x64xbf16>" in line for line in lines)
+      assert "all_reduce" not in program

@@ -56,6 +56,7 @@ def test_shapes(config):
 
 @pytest.mark.parametrize("changes", [
   {"model.scan": False},
+  {"model.scan": False, "model.remat": "names", "model.attention": "pallas"},
   {"model.remat": "full"},
   pytest.param({"model.remat": "dots"}, marks=pytest.mark.slow),
   {"model.remat": "names"},
@@ -67,6 +68,24 @@ def test_scan_unroll_and_remat_give_the_same_numbers(config, changes):
   model, other = build(config), build(config, **changes)
   variables, batch = init(model), example(model)
   assert jax.tree.structure(init(other)) == jax.tree.structure(variables)
+  (out, grads), (out2, grads2) = (loss_and_grads(m, variables, batch) for m in (model, other))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, out2)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, grads2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_unrolled_layers_read_the_same_tokens(config, packed):
+  """The last token of each row; captions packed into rows, whose ends lie anywhere."""
+  config.model.scan = True
+  model, other = (build(config, **{"model.scan": scan, "text.readout": "last"})
+                  for scan in (True, False))  # fmt: skip
+  variables, batch = init(model), example(model)
+  if packed:
+    text = np.random.default_rng(0).integers(1, 50, (2, 3, 12)).astype(np.int32)
+    position = np.broadcast_to(np.arange(12) % 5, text.shape).astype(np.int32)
+    readout = np.array([[4, 9, 11, 35], [0, 16, 21, 30]], np.int32)
+    batch = {"image": batch["image"], "packed_text": text, "packed_position": position,
+             "packed_readout": readout}  # fmt: skip
   (out, grads), (out2, grads2) = (loss_and_grads(m, variables, batch) for m in (model, other))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, out2)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, grads2)
@@ -187,7 +206,7 @@ def test_patch_dropout_takes_other_patches_of_every_image(config):
 
 
 def test_a_kept_patch_is_the_token_that_it_would_be(config):
-  """With the blocks silenced each token is its own patch at its own place; none comes twice."""
+  """With the blocks silenced each token is its own patch at its own place."""
   model, variables, images = pixels(config)
   tower = variables["params"]["image"]["tower"]["blocks"]
   for part in (tower["attn"]["out"], tower["mlp"]["down"]):

@@ -1,5 +1,7 @@
 """LayerNorm and GELU, and their kernels for GPUs interpreted, against Flax's."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,17 @@ def test_each_device_has_its_rows(implementation):
 def test_rows_are_split_into_programs_of_equal_steps():
   assert pointwise_gpu._split(25216, 512) == (788, 32)
   assert pointwise_gpu._split(7, 512) == (7, 1)
+
+
+def test_auto_takes_the_kernels_where_triton_does():
+  gpu = lambda capability: types.SimpleNamespace(
+    device_kind="NVIDIA T4", compute_capability=capability
+  )
+  choose = lambda device, dtype=jnp.bfloat16: pointwise.choose("auto", dtype, device)
+  assert choose(gpu("8.0")) == "pallas"
+  for other in (gpu("7.5"), jax.devices()[0], None):
+    assert choose(other) == "xla"
+  assert choose(gpu("9.0"), jnp.float32) == "xla"
 
 
 def test_unknown_implementations_are_named():

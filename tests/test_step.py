@@ -87,6 +87,7 @@ def with_gradient(name, leaf):
     pytest.param("", MESHES[0], marks=pytest.mark.slow),
     *[("", sizes) for sizes in MESHES[1:]],
     ("sharded optimizer", {"data": 4, "fsdp": 1, "tensor": 2}),
+    ("unrolled", MESHES[2]),
     pytest.param("plus", MESHES[2], marks=pytest.mark.slow),
     *(pytest.param(p, MESHES[2], marks=pytest.mark.slow) for p in ("clip", "siglip")),
   ],
@@ -96,6 +97,8 @@ def test_sharded_equals_single_device(config, mesh_sizes, preset):
   """Loss terms, gradients and one AdamW step, float32, 1e-5."""
   if preset == "sharded optimizer":
     config.optim.sharded = True
+  elif preset == "unrolled":
+    config.model.scan = False
   else:
     presets.apply(config, preset)
   config.objective.group_size = 8

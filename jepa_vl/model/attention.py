@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from jepa_vl import sharding
+from jepa_vl import chips, sharding
 from jepa_vl.model import attention_gpu, attention_tpu
 
 # Up to here a sequence fits into the vector memory of a v5e, v5p or v6e at the width of any of our
@@ -190,12 +190,17 @@ def pad(x, mask, implementation):
   return behind(x, (1,)), mask
 
 
+@jax.custom_vjp
 def settle(x):
   """Tokens (B, L, W), on NVIDIA GPUs with each one's numbers together in memory.
 
   XLA (of jax 0.11) there else puts the batch last and turns all tokens at every layer norm: the
-  residual stream's traffic doubles.
+  residual stream's traffic doubles. So do their gradients lie, which are not summed over devices.
   """
+  return _settle(x)
+
+
+def _settle(x):
   in_rows = lambda x: with_layout_constraint(x, Layout((0, 1, 2)))
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:  # the compiler would gather all rows on every device to constrain them
@@ -204,19 +209,22 @@ def settle(x):
   return jax.lax.platform_dependent(x, cuda=in_rows, default=lambda x: x)
 
 
-def choose(name, dtype, device, length, size):
-  """What `model.attention` = "auto" is for up to `length` tokens and heads of `size` numbers.
+settle.defvjp(lambda x: (_settle(x), None), lambda _, grad: (_settle(grad),))
+
+
+def choose(name, dtype, device, lengths, size, masked):
+  """What `model.attention` = "auto" is for so many tokens and heads of `size` numbers.
 
   In bfloat16 on an NVIDIA GPU of compute capability 8 or later pallas, or where that is not for
-  such arrays cudnn, if it is at hand; else short. device: a jax device, or None.
+  such arrays or a mask cudnn, if it is at hand; else short. device: a jax device, or None. lengths:
+  of the towers' rows in training. masked: whether a tower has a mask of keys.
   """
   if name != "auto":
     return name
-  nvidia = device and "nvidia" in device.device_kind.lower() and dtype == jnp.bfloat16
-  if not nvidia or float(device.compute_capability) < 8:
+  if dtype != jnp.bfloat16 or not chips.has_bfloat16(device):
     return "short"
-  example = jax.ShapeDtypeStruct((1, length, 3, 1, size), dtype)
-  if length <= PALLAS_LENGTH and attention_gpu.takes(example):
+  examples = [jax.ShapeDtypeStruct((1, n, 3, 1, size), dtype) for n in lengths]
+  if not masked and max(lengths) <= PALLAS_LENGTH and all(map(attention_gpu.takes, examples)):
     return "pallas"
   # A GPU that is only compiled for has no cuDNN to ask.
   return "cudnn" if jax.default_backend() == "gpu" else "short"

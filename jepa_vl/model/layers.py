@@ -100,8 +100,8 @@ class Up(nn.Module):
   def __call__(self, x):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return x @ kernel + jax.lax.stop_gradient(bias), bias
+    x, kernel, added = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x @ kernel + jax.lax.stop_gradient(added), bias
 
 
 class Mlp(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jepa_vl import sharding
+from jepa_vl import chips, sharding
 from jepa_vl.model import pointwise_gpu
 
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -28,9 +28,9 @@ def choose(name, dtype, device):
     raise ValueError(
       f"model.pointwise must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {name!r}"
     )
-  nvidia = device and "nvidia" in device.device_kind.lower()
-  found = "pallas" if nvidia and dtype == jnp.bfloat16 else "xla"
-  return found if name == "auto" else name
+  if name != "auto":
+    return name
+  return "pallas" if dtype == jnp.bfloat16 and chips.has_bfloat16(device) else "xla"
 
 
 class LayerNorm(nn.Module):
