@@ -73,6 +73,14 @@ def test_scan_unroll_and_remat_give_the_same_numbers(config, changes):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, grads2)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_training_reads_cls_where_evaluation_does(config, scan):
+  model = build(config, **{"model.scan": scan})
+  variables, images = init(model), example(model)["image"]
+  training, evaluation = (look(model, variables, images, train)["cls"] for train in (True, False))
+  np.testing.assert_allclose(training, evaluation, atol=1e-5)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_unrolled_layers_read_the_same_tokens(config, packed):
   """The last token of each row; captions packed into rows, whose ends lie anywhere."""

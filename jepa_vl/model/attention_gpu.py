@@ -280,13 +280,13 @@ def _new(size, new):
 
 
 def _store(ref, part, which, x):
-  """Writes rows of a part that are its own; returns their sum."""
+  """Writes rows of a part that are its own; returns their sum, the others being zero."""
   start, size, new = part
   # An array for an index: masked stores, interpreted, take no number.
   ref = ref.at[pl.ds(start, size), jnp.asarray(which, jnp.int32), :]
   mask = jnp.broadcast_to(_new(size, new)[:, None], x.shape)
   plgpu.store(ref, x.astype(ref.dtype), mask=mask)
-  return jnp.sum(jnp.where(mask, x, 0), axis=0)
+  return jnp.sum(x, axis=0)
 
 
 def _dot(a, b):
