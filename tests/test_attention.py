@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jepa_vl import sharding
-from jepa_vl.model import attention
+from jepa_vl.model import attention, layers
 
 
 def draw(L, dtype=jnp.float32, seed=0):
@@ -59,6 +59,54 @@ def test_short_in_float64_numpy():
     jnp.asarray(qkv, jnp.float32), None, causal=False, implementation="short"
   )
   np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "keys", "packed"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_few_queries_read_what_they_would_among_all(kind, causal):
+  """Also where what lies behind `length` is padding."""
+  qkv, mask, where = draw(19), masks(19)[kind], jnp.array([[0, 7], [18, 3]])
+  select = lambda x: jnp.take_along_axis(x, where[..., None], axis=1)
+  rows = lambda x: x.reshape(*x.shape[:2], -1)
+
+  def read(qkv, length=19):
+    q, k, v = attention.parts(qkv)
+    visible = attention.visible(qkv.shape[:2], mask, causal, length, select)
+    return rows(attention.read(select(rows(q)).reshape(2, 2, 2, 16), k, v, visible))
+
+  expected = lambda qkv: select(rows(attention.xla(qkv, mask, causal, 19)))
+  (out, pull), (out2, pull2) = (jax.vjp(f, qkv) for f in (read, expected))
+  np.testing.assert_allclose(out, out2, atol=2e-5)
+  grad = jax.random.normal(jax.random.key(1), out.shape)
+  np.testing.assert_allclose(pull(grad)[0], pull2(grad)[0], atol=2e-5)
+  if not causal:
+    changed = qkv.at[:, 15:, 1:].set(7.0)
+    where = where.at[1, 0].set(14)
+    np.testing.assert_array_equal(read(qkv, 15), read(changed, 15))
+
+
+@pytest.mark.parametrize("implementation", ["short", "pallas"])
+def test_biases_that_are_left_out_change_nothing(implementation):
+  """Keys have none and values' comes behind the attention; gradients are those of all in place."""
+  init = jax.nn.initializers.normal(0.5)
+  ours = layers.Attention(2, True, 9, implementation, init, init, jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (3, 9, 32))
+  params = ours.init(jax.random.key(1), x, None)["params"]
+  params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+  def theirs(params, x):
+    qkv = jnp.einsum("blw,wphk->blphk", x, params["qkv"]["kernel"]) + params["qkv"]["bias"]
+    x = attention.xla(qkv, None, True, 9)
+    return jnp.einsum("blhk,hkw->blw", x, params["out"]["kernel"]) + params["out"]["bias"]
+
+  given = lambda params, x: attention.with_bias(*ours.apply({"params": params}, x, None))
+  found = []
+  for f in (given, theirs):
+    value = lambda params, x, f=f: (jnp.sum(jnp.sin(f(params, x))), f(params, x))
+    grads, out = jax.jit(jax.grad(value, (0, 1), has_aux=True))(params, x)
+    found.append((out, grads))
+  near = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))
+  jax.tree.map(near, *found)
 
 
 def test_large_scores_do_not_overflow():

@@ -131,15 +131,17 @@ def test_what_cudnn_is_given(changes, config, monkeypatch):
 ])  # fmt: skip
 def test_the_gpu_kernels_equal_xla(length, causal, packed):
   """Where the last block reaches back over rows of the one before, these count once."""
-  qkv, bias = qkv_of(2, length, 2, 16), jax.random.normal(jax.random.key(2), (3, 2, 16))
+  qkv, bias = qkv_of(2, length, 2, 16), jax.random.normal(jax.random.key(2), (2, 16))
   grad = jax.random.normal(jax.random.key(1), (2, length, 2, 16))
   # Captions of 30 tokens in one row and of 7 in the other.
   first = own_caption(jnp.arange(length) % jnp.array([[30], [7]])) if packed else None
+  mask = attention._of_pairs(first)
   stopped = jax.lax.stop_gradient(bias)
+  to_queries = lambda x, bias: x.at[:, :, 0].add(bias)
   results = []
   for f in (
-    lambda x, bias: attention.attend(x + bias, first, causal=causal, implementation="xla"),
-    lambda x, bias: attention_gpu.attention(x + stopped, bias, first, causal, True),
+    lambda x, bias: attention.xla(to_queries(x, bias), mask, causal, length),
+    lambda x, bias: attention_gpu.attention(to_queries(x, stopped), bias, first, causal, True),
   ):
     out, pull = jax.vjp(jax.jit(f), qkv, bias)
     results.append((out, *pull(grad)))
@@ -147,25 +149,35 @@ def test_the_gpu_kernels_equal_xla(length, causal, packed):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_the_kernels_bias_has_its_gradient_without_a_gpu_too():
+def test_the_queries_bias_has_its_gradient_without_a_gpu_too():
   """On a mesh as well, and where the kernels leave it to XLA."""
-  qkv, bias = qkv_of(8, 9, 2, 16), jax.random.normal(jax.random.key(2), (3, 2, 16))
+  qkv, bias = qkv_of(8, 9, 2, 16), jax.random.normal(jax.random.key(2), (2, 16))
   mask = jnp.broadcast_to(jnp.arange(9) < 5, (8, 1, 1, 9))
 
-  def grads(name, mask):
+  def grads(name, mask, apart=True):
     def f(bias):
-      x = qkv + (jax.lax.stop_gradient(bias) if name == "pallas" else bias)
-      extra = {"bias": bias} if name == "pallas" else {}
+      x = qkv.at[:, :, 0].add(jax.lax.stop_gradient(bias) if apart else bias)
+      extra = {"bias": bias} if apart else {}
       out = attention.attend(x, mask, causal=True, implementation=name, **extra)
       return jnp.sum(jnp.sin(3 * out))
 
     return jax.jit(jax.grad(f))(bias)
 
   for kind in (None, mask, own_caption(jnp.arange(9) % jnp.full((8, 1), 4))):
-    expected = grads("xla", kind)
-    np.testing.assert_allclose(grads("pallas", kind), expected, atol=1e-4)
+    expected = grads("xla", kind, apart=False)
+    for name in ("xla", "pallas"):
+      np.testing.assert_allclose(grads(name, kind), expected, atol=1e-4)
     with jax.set_mesh(sharding.make_mesh(data=4, fsdp=1, tensor=2)):
       np.testing.assert_allclose(grads("pallas", kind), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [77, 197])
+def test_the_gpu_kernels_can_be_made_without_a_gpu(length):
+  """As what is interpreted has other instructions."""
+  qkv = jax.ShapeDtypeStruct((2, length, 3, 2, 64), jnp.bfloat16)
+  f = lambda x: attention.attend(x, None, causal=False, implementation="pallas").sum()
+  program = jax.jit(jax.grad(f)).trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
+  assert program.count("triton") >= 2
 
 
 def test_what_the_gpu_kernels_take():
@@ -178,7 +190,7 @@ def test_what_the_gpu_kernels_take():
 
 def test_the_gpu_kernels_in_bfloat16_are_as_near_to_float32_as_xlas_own():
   qkv = qkv_of(2, 77, 2, 64, jnp.bfloat16)
-  bias = jnp.zeros(qkv.shape[2:])
+  bias = jnp.zeros(qkv.shape[3:])
   exact = attention.xla(qkv.astype(jnp.float32), None, True, 77)
   error = lambda out: np.abs(np.asarray(out, np.float32) - exact).mean()
   ours = error(jax.jit(lambda x: attention_gpu.attention(x, bias, None, True, True))(qkv))

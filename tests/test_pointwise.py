@@ -18,17 +18,28 @@ EACH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
 
 @EACH
 @pytest.mark.parametrize("width", [192, 384])  # in one piece, and in three
-def test_layer_norm_is_flaxs(implementation, width):
-  """Also of rows in several programs of several steps, and with a gradient from around the norm."""
-  x = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 5, width))
-  grads = [jax.random.normal(jax.random.key(i), x.shape) for i in (1, 2)]
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_layer_norm_is_flaxs(implementation, width, with_branch):
+  """Also of rows in several programs of several steps, and with a gradient from around the norm.
+
+  What is added before has its gradient too, and so has the bias in it.
+  """
+  draw = lambda i: jax.random.normal(jax.random.key(i), (8, 5, width))
+  x, grads = 3 + 2 * draw(0), (draw(1), draw(2))
   ours, theirs = pointwise.LayerNorm(1e-5, implementation), nn.LayerNorm(epsilon=1e-5)
-  found = []
-  for f in (ours.apply, lambda variables, x: (x, theirs.apply(variables, x))):
-    variables = theirs.init(jax.random.key(0), x)
-    variables = jax.tree.map(lambda p: p + jnp.linspace(0, 1, width), variables)
-    y, pull = jax.vjp(f, variables, x)
-    found.append((y, *pull(tuple(grads))))
+  stopped = jax.lax.stop_gradient
+
+  def f(variables, x, branch, bias):
+    return ours.apply(variables, x, (branch + stopped(bias), bias) if with_branch else None)
+
+  def expected(variables, x, branch, bias):
+    x = x + branch + bias if with_branch else x
+    return x, theirs.apply(variables, x)
+
+  variables = theirs.init(jax.random.key(0), x)
+  variables = jax.tree.map(lambda p: p + jnp.linspace(0, 1, width), variables)
+  args = variables, x, draw(3), jnp.linspace(-1, 1, width)
+  found = [(y, *pull(grads)) for y, pull in (jax.vjp(f, *args) for f in (f, expected))]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *found)
 
 
@@ -50,7 +61,8 @@ def test_gelu_is_flaxs(implementation, tanh):
 @EACH
 def test_in_bfloat16_sums_are_added_in_float32(implementation):
   x = jnp.ones((4096, 1, 64), jnp.bfloat16)
-  small = lambda p: jnp.sum(pointwise.layer_norm(x, jnp.ones(64), p, 1e-5, implementation)[1] / 16)
+  norm = lambda bias: pointwise.layer_norm(x, None, jnp.ones(64), bias, 1e-5, implementation)[1]
+  small = lambda bias: jnp.sum(norm(bias) / 16)
   np.testing.assert_array_equal(jax.grad(small)(jnp.zeros(64)), 256)
 
 
@@ -60,7 +72,8 @@ def test_each_device_has_its_rows(implementation):
   weights = jax.random.normal(jax.random.key(1), x.shape)
 
   def loss(x, scale, bias):
-    x, y = pointwise.layer_norm(x, scale, bias, 1e-5, implementation)
+    branch = jnp.sin(x) + jax.lax.stop_gradient(bias), bias
+    x, y = pointwise.layer_norm(x, branch, scale, bias, 1e-5, implementation)
     y = pointwise.gelu(y + jax.lax.stop_gradient(bias), bias, False, implementation)
     return jnp.sum(weights * (x + y))
 

@@ -14,6 +14,8 @@ from jepa_vl.model import attention_gpu, attention_tpu
 # sizes; beyond, what is kept on the chip is better cut into blocks.
 PALLAS_LENGTH = 512
 
+NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit of weight 0; as JAX's own attention has
+
 
 def xla(qkv, mask, causal, length):
   """As XLA compiles it: the weights are an array of their own, (B, H, L, L) float32."""
@@ -47,10 +49,10 @@ def pallas(qkv, mask, causal, length, bias=None):
   GPUs, and on GPUs what is not bfloat16.
   """
   if bias is None:
-    bias = jnp.zeros(qkv.shape[2:], qkv.dtype)
+    bias = jnp.zeros(qkv.shape[3:], qkv.dtype)
   packed = mask is not None and mask.ndim == 2
   if qkv.shape[1] > PALLAS_LENGTH or mask is not None and not packed:
-    return xla(with_bias(qkv, bias), _of_pairs(mask), causal, length)
+    return xla(with_query_bias(qkv, bias), _of_pairs(mask), causal, length)
   f = functools.partial(_pallas, causal=causal)
   arrays = (qkv, bias, mask) if packed else (qkv, bias)
   mesh = jax.sharding.get_abstract_mesh()
@@ -58,7 +60,7 @@ def pallas(qkv, mask, causal, length, bias=None):
     return f(*arrays)
   # The compiler cannot divide a kernel; each device runs it on its own rows and heads.
   batch, _, _, heads, _ = spec = sharding.spec_of(qkv.shape, "batch", None, None, "tensor", None)
-  specs = (spec, P(None, heads, None), P(batch, None))[: len(arrays)]
+  specs = (spec, P(heads, None), P(batch, None))[: len(arrays)]
   out = P(batch, None, heads, None)
   return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
@@ -67,12 +69,12 @@ def _pallas(qkv, bias, first=None, *, causal):
   B, L, _, H, K = qkv.shape
 
   def default(qkv, bias, first=None):
-    return xla(with_bias(qkv, bias), _of_pairs(first), causal, L)
+    return xla(with_query_bias(qkv, bias), _of_pairs(first), causal, L)
 
   def tpu(qkv, bias, first=None, interpret=False):
     if first is not None:
       return default(qkv, bias, first)
-    qkv = with_bias(qkv, bias).reshape(B, L, 3 * H * K)
+    qkv = with_query_bias(qkv, bias).reshape(B, L, 3 * H * K)
     return attention_tpu.attention(qkv, H, causal, interpret).reshape(B, L, H, K)
 
   def cuda(qkv, bias, first=None):
@@ -95,15 +97,31 @@ def _of_pairs(mask):
 
 
 @jax.custom_vjp
-def with_bias(qkv, bias):
-  """qkv (B, L, 3, H, K) as it is, with a bias (3, H, K) in it whose gradient was stopped."""
-  return qkv
+def with_bias(x, bias):
+  """x (B, L, ...) as it is, with a bias (...) in it whose gradient was stopped."""
+  return x
 
 
 with_bias.defvjp(
-  lambda qkv, bias: (qkv, bias),
-  lambda bias, grad: (grad, jnp.sum(grad, axis=(0, 1)).astype(bias.dtype)),
+  lambda x, bias: (x, bias),
+  lambda bias, grad: (grad, _sum(grad, bias)),
 )
+
+
+@jax.custom_vjp
+def with_query_bias(qkv, bias):
+  """qkv, as of `attend`, as it is, with a bias (H, K) in the queries whose gradient was stopped."""
+  return qkv
+
+
+with_query_bias.defvjp(
+  lambda qkv, bias: (qkv, bias),
+  lambda bias, grad: (grad, _sum(parts(grad)[0], bias)),
+)
+
+
+def _sum(grad, bias):
+  return jnp.sum(grad, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
 
 
 def parts(qkv):
@@ -133,7 +151,7 @@ def _short_forward(qkv, mask):
   q = q * q.shape[-1] ** -0.5
   scores = _product("bhlk,bhmk->bhlm", q, k)
   if mask is not None:
-    scores = jnp.where(mask, scores, -0.7 * jnp.finfo(jnp.float32).max)
+    scores = jnp.where(mask, scores, NEVER)
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # (B, H, L, L) float32
   share = 1 / weights.sum(axis=-1, keepdims=True)
   weights = weights.astype(v.dtype)
@@ -171,6 +189,35 @@ IMPLEMENTATIONS = {"short": short, "xla": xla, "pallas": pallas, "cudnn": cudnn}
 
 # These take queries, keys and values as three arrays: what is cut out of one is copied once more.
 APART = {"cudnn"}
+
+
+def visible(shape, mask, causal, length, select):
+  """Which keys of its row each selected token sees, (B, g, L) bool.
+
+  shape: B and L. mask: (B, 1, 1 or L, L) bool, as of `attend`, or None. select: from an array
+  (B, L, n) to the selected tokens' (B, g, n).
+  """
+  B, L = shape
+  key = jnp.arange(L)
+  seen = jnp.broadcast_to(key < length, (B, 1, L))
+  if causal:
+    seen &= key <= select(jnp.broadcast_to(key[:, None], (B, L, 1)))
+  if mask is not None:
+    mask = mask[:, 0]  # (B, 1 or L, L)
+    seen &= mask if mask.shape[1] == 1 else select(mask)
+  return seen
+
+
+def read(q, k, v, visible):
+  """Attention of a few queries, (B, g, H, K), over keys and values (B, L, H, K) -> (B, g, H, K).
+
+  visible: (B, g, L). As sums of products in float32 and no matrix products, for which one query is
+  too thin: keys and values are read as they lie.
+  """
+  dtype, (q, k, v) = v.dtype, (x.astype(jnp.float32) for x in (q, k, v))
+  logits = jnp.sum(q[:, :, None] * k[:, None], axis=-1) * q.shape[-1] ** -0.5  # (B, g, L, H)
+  weights = jax.nn.softmax(jnp.where(visible[..., None], logits, NEVER), axis=2)
+  return jnp.sum(weights[..., None] * v[:, None], axis=2).astype(dtype)
 
 
 def pad(x, mask, implementation):
@@ -236,9 +283,8 @@ def attend(qkv, mask, *, causal, implementation, length=None, bias=None):
   qkv: one array, or where `implementation` is in APART a tuple of three, (B, L, H, K) each.
   mask: (B, 1, 1 or L, L) bool over keys, True where a query may look, or (B, L) int32, the first
   key that each query may look at, or None; `causal` comes on top of it. implementation: a name of
-  IMPLEMENTATIONS. length: the tokens before those that `pad` put behind them; None: all. bias: of
-  `pallas` alone, (3, H, K), what was added to qkv with its gradient stopped; it has that gradient
-  from here.
+  IMPLEMENTATIONS. length: the tokens before those that `pad` put behind them; None: all. bias:
+  (H, K), what was added to the queries with its gradient stopped; it has that gradient from here.
 
   Raises:
     ValueError: unknown implementation.
@@ -249,4 +295,6 @@ def attend(qkv, mask, *, causal, implementation, length=None, bias=None):
     )
   if implementation == "pallas":
     return pallas(qkv, mask, causal, length, bias)
+  if bias is not None:
+    qkv = with_query_bias(qkv, bias)
   return IMPLEMENTATIONS[implementation](qkv, _of_pairs(mask), causal, length)

@@ -89,7 +89,7 @@ class GPT(nn.Module):
     # All that is wanted is the readout tokens. Taken along an axis, and not by indices of rows, no
     # token leaves its device.
     def select(x):
-      x = x.reshape(len(readout), -1, self.width)
+      x = x.reshape(len(readout), -1, x.shape[-1])
       return jnp.take_along_axis(x, readout[..., None], axis=1)
 
     with jax.named_scope("gpt"):

@@ -34,67 +34,86 @@ def choose(name, dtype, device):
 
 
 class LayerNorm(nn.Module):
-  """`nn.LayerNorm` of x (B, L, W), computed in float32 -> x and its norm.
+  """`nn.LayerNorm`, computed in float32, of the residual stream x (B, L, W) -> x and its norm.
 
-  The gradients of both, of the residual stream's x and of the norm, are added up in one pass.
+  branch: what is to be added to x before, or None: an array like x, and the bias (W,) that was
+  added to it with its gradient stopped, which has that gradient from here. So the sum costs no pass
+  of its own, nor do the gradients of x, of its norm and of the bias.
   """
 
   eps: float
   implementation: str = "xla"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, branch=None):
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return layer_norm(x, scale, bias, self.eps, self.implementation)
+    return layer_norm(x, branch, scale, bias, self.eps, self.implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm(x, scale, bias, eps, implementation):
-  """x (B, L, W) -> x, and its norm over the last axis."""
-  return _norm_forward(x, scale, bias, eps, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def layer_norm(x, branch, scale, bias, eps, implementation):
+  """x (B, L, W), with the branch added if there is one, and its norm over the last axis."""
+  return _norm_forward(x, branch, scale, bias, eps, implementation)[0]
 
 
-def _norm_forward(x, scale, bias, eps, implementation):
-  def kernel(x, scale, bias, interpret):
-    y, mean, share = pointwise_gpu.norm(_flat(x), scale, bias, eps, interpret)
-    return y.reshape(x.shape), *(n.reshape(*x.shape[:-1], 1) for n in (mean, share))
+def _norm_forward(x, branch, scale, bias, eps, implementation):
+  def kernel(x, scale, bias, *added, interpret):
+    *new, y, mean, share = pointwise_gpu.norm(
+      _flat(x), scale, bias, eps, *map(_flat, added), interpret=interpret
+    )
+    numbers = (n.reshape(*x.shape[:-1], 1) for n in (mean, share))
+    return *(n.reshape(x.shape) for n in (*new, y)), *numbers
 
+  added = branch[:1] if branch else ()
   default = functools.partial(_norm, eps=eps)
   rows = _rows(x)
-  f = _choose(implementation, kernel, default, (rows, P(), P()), (rows,) * 3)
-  y, mean, share = f(x, scale, bias)
-  return (x, y), (x, mean, share, scale)  # x and two numbers a token
+  ins, outs = (rows, P(), P(), *(rows for _ in added)), (rows,) * (3 + len(added))
+  *new, y, mean, share = _choose(implementation, kernel, default, ins, outs)(
+    x, scale, bias, *added
+  )
+  x = new[0] if new else x
+  # x, two numbers a token, and of the branch's bias its type alone.
+  kind = jnp.zeros(0, branch[1].dtype) if branch else None
+  return (x, y), (x, mean, share, scale, kind)
 
 
-def _norm(x, scale, bias, eps):
-  x32 = x.astype(jnp.float32)
+def _norm(x, scale, bias, *added, eps):
+  new = [x + y for y in added]
+  x32 = (new[0] if new else x).astype(jnp.float32)
   mean = jnp.mean(x32, axis=-1, keepdims=True)
   variance = jnp.maximum(jnp.mean(x32**2, axis=-1, keepdims=True) - mean**2, 0)
   share = jax.lax.rsqrt(variance + eps)
   y = (x32 - mean) * (share * scale) + bias
-  return y.astype(x.dtype), mean, share
+  return *new, y.astype(x.dtype), mean, share
 
 
 def _norm_backward(eps, implementation, kept, grads):
+  *kept, kind = kept
+  with_branch = kind is not None
+
   def kernel(x, mean, share, scale, around, grad, interpret):
     dx, sums = pointwise_gpu.norm_gradient(
-      _flat(x), mean.reshape(-1), share.reshape(-1), scale, _flat(grad), _flat(around), interpret
-    )
+      _flat(x), mean.reshape(-1), share.reshape(-1), scale, _flat(grad), _flat(around),
+      with_branch, interpret,
+    )  # fmt: skip
     return dx.reshape(x.shape), sums
 
   rows = _rows(kept[0])
   specs = (rows, rows, rows, P(), rows, rows)
-  f = _choose(implementation, kernel, _norm_gradient, specs, (rows, P(rows[0])), sums=True)
+  default = functools.partial(_norm_gradient, with_branch=with_branch)
+  f = _choose(implementation, kernel, default, specs, (rows, P(rows[0])), sums=True)
   dx, sums = f(*kept, *grads)
-  return dx, sums[0], sums[1]
+  branch = (dx, sums[2].astype(kind.dtype)) if with_branch else None
+  return dx, branch, sums[0], sums[1]
 
 
 layer_norm.defvjp(_norm_forward, _norm_backward)
 
 
-def _norm_gradient(x, mean, share, scale, around, grad):
-  """`around`: the gradient of the x that went on. Sums: (2, W), the scale's and the bias's."""
+def _norm_gradient(x, mean, share, scale, around, grad, with_branch):
+  """`around`: the gradient of the x that went on. Sums: (2 or 3, W), the scale's gradient, the
+  bias's, and that of the branch's bias."""
   # Else the compiler takes what is computed again for what the forward pass had, and keeps that.
   x, mean, share, grad = jax.lax.optimization_barrier((x, mean, share, grad))
   unit, grad = (x.astype(jnp.float32) - mean) * share, grad.astype(jnp.float32)
@@ -102,8 +121,11 @@ def _norm_gradient(x, mean, share, scale, around, grad):
   own = lambda v: jnp.mean(v, axis=-1, keepdims=True)
   scaled = grad * scale
   dx = share * (scaled - own(scaled) - unit * own(scaled * unit))
-  sums = jnp.sum(grad * unit, axis=rows), jnp.sum(grad, axis=rows)
-  return around + dx.astype(x.dtype), jnp.stack(sums)
+  dx = around + dx.astype(x.dtype)
+  sums = [jnp.sum(grad * unit, axis=rows), jnp.sum(grad, axis=rows)]
+  if with_branch:
+    sums.append(jnp.sum(dx, axis=rows, dtype=jnp.float32))
+  return dx, jnp.stack(sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

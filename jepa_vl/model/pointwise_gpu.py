@@ -35,28 +35,34 @@ def _call(kernel, grid, ins, outs, arrays, interpret, **how):
   )(*arrays)  # fmt: skip
 
 
-def norm(x, scale, bias, eps, interpret=False):
-  """x: (N, W); scale, bias: (W,) float32 -> y like x; mean and 1 / deviation of rows, (N,)."""
+def norm(x, scale, bias, eps, *added, interpret=False):
+  """x: (N, W); scale, bias: (W,) float32; added: nothing, or what to add to x first.
+
+  Returns:
+    x with what was added, if anything; its norm; mean and 1 / deviation of rows, (N,).
+  """
   N, W = x.shape
   rows, each = pl.BlockSpec((ROWS, W), lambda i: (i, 0)), pl.BlockSpec((ROWS,), lambda i: (i,))
   row = pl.BlockSpec((W,), lambda i: (0,))
   numbers = each, ((N,), jnp.float32)
-  outs = [(rows, (x.shape, x.dtype)), numbers, numbers]
-  arrays = x, scale, bias
-  return _call(_norm, (N // ROWS,), [rows, row, row], outs, arrays, interpret, eps=eps)
+  outs = [(rows, (x.shape, x.dtype))] * (1 + len(added)) + [numbers, numbers]
+  ins = [rows, row, row, *(rows for _ in added)]
+  return _call(_norm, (N // ROWS,), ins, outs, (x, scale, bias, *added), interpret, eps=eps)
 
 
-def norm_gradient(x, mean, share, scale, grad, around, interpret=False):
+def norm_gradient(x, mean, share, scale, grad, around, with_branch, interpret=False):
   """Of what `norm` had and gave, of y's gradient, and of x's from elsewhere.
 
   Returns:
-    x's gradient, all of it; sums of the scale's and the bias's, (P, 2, W), over parts of the rows.
+    x's gradient, all of it; sums over parts of the rows, (P, 2 or 3, W): the scale's gradient, the
+    bias's, and with_branch those of x.
   """
   N, W = x.shape
   programs, steps = _split(N // ROWS, PROGRAMS)
   rows = pl.BlockSpec((ROWS * steps, W), lambda i: (i, 0))
   each, row = pl.BlockSpec((ROWS * steps,), lambda i: (i,)), pl.BlockSpec((W,), lambda i: (0,))
-  sums = pl.BlockSpec((None, 2, W), lambda i: (i, 0, 0)), ((programs, 2, W), jnp.float32)
+  count = 3 if with_branch else 2
+  sums = pl.BlockSpec((None, count, W), lambda i: (i, 0, 0)), ((programs, count, W), jnp.float32)
   return _call(
     _norm_gradient, (programs,), [rows, each, each, row, rows, rows],
     [(rows, (x.shape, x.dtype)), sums], (x, mean, share, scale, grad, around), interpret,
@@ -97,9 +103,16 @@ def _mean(pieces, W):
   return (sum(jnp.sum(p, axis=1) for p in pieces) / W)[:, None]
 
 
-def _norm(x_ref, scale_ref, bias_ref, y_ref, mean_ref, share_ref, *, eps):
+def _norm(x_ref, scale_ref, bias_ref, *refs, eps):
+  *added, y_ref, mean_ref, share_ref = refs
   W = x_ref.shape[-1]
   x = [x_ref[:, piece].astype(jnp.float32) for piece in _pieces(W)]
+  if added:
+    branch_ref, new_ref = added
+    for i, piece in enumerate(_pieces(W)):
+      new = (x[i] + branch_ref[:, piece].astype(jnp.float32)).astype(new_ref.dtype)
+      new_ref[:, piece] = new
+      x[i] = new.astype(jnp.float32)  # as the backward pass finds it
   mean = _mean(x, W)
   x = [p - mean for p in x]
   share = jax.lax.rsqrt(_mean([p * p for p in x], W) + eps)
@@ -115,6 +128,7 @@ def _norm_gradient(
   W = x_ref.shape[-1]
   pieces = _pieces(W)
   scale = [scale_ref[piece][None] for piece in pieces]
+  count = sums_ref.shape[0]
 
   def some(i, sums):
     rows = pl.ds(i * ROWS, ROWS)
@@ -123,16 +137,18 @@ def _norm_gradient(
     grad = [grad_ref[rows, p].astype(jnp.float32) for p in pieces]
     scaled = [g * s for g, s in zip(grad, scale, strict=True)]
     own, along = _mean(scaled, W), _mean([s * u for s, u in zip(scaled, unit, strict=True)], W)
-    for p, s, u in zip(pieces, scaled, unit, strict=True):
+    new = []
+    for p, s, u, g, old in zip(pieces, scaled, unit, grad, sums, strict=True):
       dx = share * (s - own - u * along) + around_ref[rows, p].astype(jnp.float32)
       dx_ref[rows, p] = dx.astype(dx_ref.dtype)
-    return [(a + g * u, b + g) for (a, b), g, u in zip(sums, grad, unit, strict=True)]
+      new.append(tuple(a + b for a, b in zip(old, (g * u, g, dx)[:count], strict=True)))
+    return new
 
   zeros = jnp.zeros((ROWS, pieces[0].size), jnp.float32)
-  sums = jax.lax.fori_loop(0, steps, some, [(zeros, zeros)] * len(pieces))
-  for piece, pair in zip(pieces, sums, strict=True):
-    for i, found in enumerate(pair):
-      sums_ref[i, piece] = jnp.sum(found, axis=0)
+  sums = jax.lax.fori_loop(0, steps, some, [(zeros,) * count] * len(pieces))
+  for piece, found in zip(pieces, sums, strict=True):
+    for i, x in enumerate(found):
+      sums_ref[i, piece] = jnp.sum(x, axis=0)
 
 
 def _gelu_gradient(x_ref, grad_ref, dx_ref, sums_ref, *, tanh, steps):
