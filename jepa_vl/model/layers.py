@@ -251,7 +251,7 @@ class Blocks(nn.Module):
     before, last = (jax.tree.map(lambda p, cut=cut: p[cut], params) for cut in (slice(-1), -1))
     # All layers then are one traced function; for the first it is one array's traffic for nothing.
     nothing = jnp.zeros_like(x), jnp.zeros_like(last["mlp"]["down"]["bias"])
-    carry = x, nothing if deferred else None
+    carry = x, (nothing if deferred else None)
     with jax.named_scope("blocks"):
       carry, _ = jax.lax.scan(layer(deferred), carry, before, unroll=max(self.depth - 1, 1))
       (x, _), _ = layer(False, select)(carry, last)
