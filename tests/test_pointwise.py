@@ -16,6 +16,12 @@ from jepa_vl.model import pointwise, pointwise_gpu
 EACH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+  """Of several steps each, not all of as many."""
+  monkeypatch.setattr(pointwise_gpu, "PROGRAMS", 3)
+
+
 @EACH
 @pytest.mark.parametrize("width", [192, 384])  # in one piece, and in three
 @pytest.mark.parametrize("with_branch", [False, True])
@@ -86,9 +92,11 @@ def test_each_device_has_its_rows(implementation):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), found, expected)
 
 
-def test_rows_are_split_into_programs_of_equal_steps():
-  assert pointwise_gpu._split(25216, 512) == (788, 32)
-  assert pointwise_gpu._split(7, 512) == (7, 1)
+def test_a_step_has_what_a_warp_loads_and_a_threads_registers_hold():
+  tiles = {width: pointwise_gpu._tile(width) for width in (64, 192, 384, 576, 768, 1024, 1152)}
+  assert tiles == {
+    64: (4, 1), 192: (4, 1), 384: (2, 1), 576: (1, 1), 768: (1, 1), 1024: (1, 1), 1152: (1, 2)
+  }  # fmt: skip
 
 
 def test_auto_takes_the_kernels_where_triton_does():

@@ -9,15 +9,16 @@ counts once. The backward pass computes the weights again (FlashAttention, arXiv
 
 import functools
 import math
-import struct
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jepa_vl.model import ptx
+
 BLOCK = 64  # rows; a power of two, as Triton wants it
-WARPS = 4
+WARPS, STAGES = 4, 2
 SHORTEST = 16  # tokens of a sequence, and rows of a block: what a tensor core takes
 
 _NEVER = -1e30  # a logit whose weight is 0; finite, so that no row's maximum is infinite
@@ -45,18 +46,18 @@ def attention(qkv, bias, first, causal, interpret):
 def _attention_fwd(qkv, bias, first, causal, interpret):
   B, L, _, H, K = qkv.shape
   out = jax.ShapeDtypeStruct((B, L, H, K), qkv.dtype), jax.ShapeDtypeStruct((B, H, L), jnp.float32)
-  out, total = _call(_forward, (qkv,), out, first, causal, interpret, stages=2)
+  out, total = _call(_forward, (qkv,), out, first, causal, interpret)
   return out, (qkv, bias, first, out, total)
 
 
 def _attention_bwd(causal, interpret, kept, grad):
   qkv, bias, first, out, total = kept
   own = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-  kernel, stages = (_backward_short, 2) if len(_parts(qkv.shape[1])) <= 2 else (_backward, 3)
+  kernel = _backward_short if len(_parts(qkv.shape[1])) <= 2 else _backward
   outs = qkv, jax.ShapeDtypeStruct((len(qkv), *bias.shape), jnp.float32)
   dqkv, sums = _call(
-    kernel, (qkv, grad, total, own), outs, first, causal, interpret, stages,
-    exp2=functools.partial(_exp2, interpret=interpret),
+    kernel, (qkv, grad, total, own), outs, first, causal, interpret,
+    exp2=functools.partial(ptx.exp2, on_gpu=not interpret),
   )  # fmt: skip
   return dqkv, sums.sum(axis=0).astype(bias.dtype), None
 
@@ -64,7 +65,7 @@ def _attention_bwd(causal, interpret, kept, grad):
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _call(kernel, arrays, out_shapes, first, causal, interpret, stages, **how):
+def _call(kernel, arrays, out_shapes, first, causal, interpret, **how):
   B, L, _, H, K = arrays[0].shape
   if first is not None:
     arrays = *arrays, first
@@ -89,7 +90,7 @@ def _call(kernel, arrays, out_shapes, first, causal, interpret, stages, **how):
     in_specs=[block(x) for x in arrays],
     out_specs=[block(x) for x in out_shapes],
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out_shapes],
-    compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=stages),
+    compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
     interpret=interpret,
     name=f"attention{kernel.__name__}",
   )(*arrays)
@@ -144,20 +145,32 @@ def _scale(K):
   return math.log2(math.e) / K**0.5
 
 
+def _reader(L, read):
+  """read(rows) by a block's first row and size; the tail is read at once, so that no step waits."""
+  rest = blocks(L)[2]
+  tail = read(pl.ds(L - rest, rest)) if rest else None
+  return lambda start, size: tail if isinstance(start, int) else read(pl.ds(start, size))
+
+
+def _keys(L, qkv_ref):
+  return _reader(L, lambda rows: (qkv_ref[rows, 1, :], qkv_ref[rows, 2, :]))
+
+
 def _forward(qkv_ref, out_ref, total_ref, first_ref, *, L, causal):
   scale = _scale(qkv_ref.shape[-1])
+  of_queries = _reader(L, lambda rows: (qkv_ref[rows, 0, :], _of(first_ref, rows)))
+  of_keys = _keys(L, qkv_ref)
 
   def queries(start, size, i, _):
-    mine = pl.ds(start, size)
-    q, first = qkv_ref[mine, 0, :], _of(first_ref, mine)
-    rows = start + jnp.arange(size)
+    mine, rows = pl.ds(start, size), start + jnp.arange(size)
+    q, first = of_queries(start, size)
 
     def keys(start, size, carry):
       out, most, total = carry
-      k, v = (qkv_ref[pl.ds(start, size), part, :] for part in (1, 2))
+      k, v = of_keys(start, size)
       s = _visible(_dot(q, k.T) * scale, L, start, rows, causal, True, first)
       more = jnp.maximum(most, s.max(axis=1))
-      # By `_exp2` it is a fifth fewer instructions, but registers for two programs, not three.
+      # By `ptx.exp2` it is a fifth fewer instructions, but registers for two programs, not three.
       weights, share = jnp.exp2(s - more[:, None]), jnp.exp2(most - more)
       out = out * share[:, None] + _dot(weights.astype(v.dtype), v)
       return out, more, total * share + weights.sum(axis=1)
@@ -180,22 +193,6 @@ def _before(i, causal):
   return dict(last=i + 1, tail=False) if causal and i is not None else {}
 
 
-def _exp2(x, scale, less, interpret):
-  """2 ** (scale x - less); x and less: arrays that broadcast.
-
-  As two instructions, where the kernel compiler makes six of it: it joins no sum with a product,
-  and takes care of results below 1e-38.
-  """
-  if interpret:
-    return jnp.exp2(x * scale - less)
-  (bits,) = struct.unpack("<I", struct.pack("<f", scale))
-  return plgpu.elementwise_inline_asm(
-    f"{{.reg .f32 t; fma.rn.f32 t, $1, 0f{bits:08X}, $2; ex2.approx.ftz.f32 $0, t;}}",
-    args=(x, jnp.broadcast_to(-less, x.shape)), constraints="=f,f,f", pack=1,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
-  )[0]  # fmt: skip
-
-
 def _backward(
   qkv_ref, grad_ref, total_ref, own_ref, dqkv_ref, sum_ref, first_ref, *, L, causal, exp2
 ):
@@ -207,16 +204,19 @@ def _backward(
   K = qkv_ref.shape[-1]
   zeros = lambda size: jnp.zeros((size, K), jnp.float32)
 
-  def of_queries(mine):
-    q, first = qkv_ref[mine, 0, :], _of(first_ref, mine)
-    return q, grad_ref[mine, :], total_ref[mine], own_ref[mine], first
+  def queries_at(rows):
+    q, first = qkv_ref[rows, 0, :], _of(first_ref, rows)
+    return q, grad_ref[rows, :], total_ref[rows], own_ref[rows], first
+
+  of_queries = _reader(L, queries_at)
+  of_keys = _keys(L, qkv_ref)
 
   def queries(start, size, i, total_dq):
-    q, grad, total, own, first = of_queries(pl.ds(start, size))
+    q, grad, total, own, first = of_queries(start, size)
     rows = start + jnp.arange(size)
 
     def keys(start, size, dq):
-      k, v = (qkv_ref[pl.ds(start, size), part, :] for part in (1, 2))
+      k, v = of_keys(start, size)
       s = _visible(_dot(q, k.T), L, start, rows, causal, True, first)
       ds = exp2(s, _scale(K), total[:, None]) * (_dot(grad, v.T) - own[:, None])
       return dq + _dot(ds.astype(k.dtype), k)
@@ -228,12 +228,12 @@ def _backward(
     return total_dq + jnp.sum(dq, axis=0)
 
   def keys(start, size, i, _):
-    k, v = (qkv_ref[pl.ds(start, size), part, :] for part in (1, 2))
+    k, v = of_keys(start, size)
     rows = start + jnp.arange(size)
 
     def queries(start, size, carry):
       dk, dv = carry
-      q, grad, total, own, seen = of_queries(pl.ds(start, size))
+      q, grad, total, own, seen = of_queries(start, size)
       # Keys first: no result need be turned.
       s = _visible(_dot(k, q.T), L, start, rows, causal, False, seen)
       weights = exp2(s, _scale(K), total[None, :])

@@ -135,7 +135,10 @@ def gelu(x, bias, tanh, implementation="xla"):
   bias: (F,), what was added to x with its gradient stopped; it has that gradient from here, where
   what it is the sum of is at hand.
   """
-  return _gelu(x.astype(jnp.float32), tanh).astype(x.dtype)
+  kernel = lambda x, interpret: (pointwise_gpu.gelu(_flat(x), tanh, interpret).reshape(x.shape),)
+  default = lambda x: (_gelu(x.astype(jnp.float32), tanh).astype(x.dtype),)
+  rows = _rows(x, "tensor")
+  return _choose(implementation, kernel, default, (rows,), (rows,))(x)[0]
 
 
 def _gelu(x, tanh):

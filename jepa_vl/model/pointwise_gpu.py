@@ -1,21 +1,24 @@
-"""LayerNorm and GELU's derivative as Pallas kernels for NVIDIA GPUs.
+"""LayerNorm and GELU as Pallas kernels for NVIDIA GPUs.
 
 Each array is read or written once. XLA's programs read a row twice to norm it, and what a backward
-pass wrote once more for the sums over all rows.
+pass wrote once more for the sums over all rows; its GELU waits for arithmetic, not for memory.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-ROWS = 8  # at once; a power of two
-WARPS = 4
-PROGRAMS = 512  # at least so many in a backward pass, where the rows allow it
+from jepa_vl.model import ptx
+
+ROWS = 8  # that the number of all rows is a multiple of
+PROGRAMS = 1056  # of the norms' backward pass: of one warp, 8 to each of 132 multiprocessors
+PAIR = 2  # rows of a step of GELU's backward pass, by as many programs four times
 SHORTEST, LONGEST = 64, 256  # numbers of a row that are loaded together; powers of two
+FLAT = 2048  # numbers of a program where rows do not matter
 
 
 def takes(x):
@@ -24,13 +27,13 @@ def takes(x):
   return x.shape[-1] % SHORTEST == 0 and rows % ROWS == 0
 
 
-def _call(kernel, grid, ins, outs, arrays, interpret, **how):
+def _call(kernel, grid, ins, outs, arrays, warps, interpret, **how):
   """pallas_call; outs: pairs of a block and of shape and type of the whole."""
   return pl.pallas_call(
     functools.partial(kernel, **how), grid=grid, in_specs=ins,
     out_specs=[block for block, _ in outs],
     out_shape=[jax.ShapeDtypeStruct(*whole) for _, whole in outs],
-    compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1), interpret=interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1), interpret=interpret,
     name=kernel.__name__.strip("_"),
   )(*arrays)  # fmt: skip
 
@@ -42,12 +45,14 @@ def norm(x, scale, bias, eps, *added, interpret=False):
     x with what was added, if anything; its norm; mean and 1 / deviation of rows, (N,).
   """
   N, W = x.shape
-  rows, each = pl.BlockSpec((ROWS, W), lambda i: (i, 0)), pl.BlockSpec((ROWS,), lambda i: (i,))
+  size, warps = _tile(W)
+  rows, each = pl.BlockSpec((size, W), lambda i: (i, 0)), pl.BlockSpec((size,), lambda i: (i,))
   row = pl.BlockSpec((W,), lambda i: (0,))
   numbers = each, ((N,), jnp.float32)
   outs = [(rows, (x.shape, x.dtype))] * (1 + len(added)) + [numbers, numbers]
   ins = [rows, row, row, *(rows for _ in added)]
-  return _call(_norm, (N // ROWS,), ins, outs, (x, scale, bias, *added), interpret, eps=eps)
+  arrays = x, scale, bias, *added
+  return _call(_norm, (N // size,), ins, outs, arrays, warps, interpret, eps=eps)
 
 
 def norm_gradient(x, mean, share, scale, grad, around, with_branch, interpret=False):
@@ -58,37 +63,38 @@ def norm_gradient(x, mean, share, scale, grad, around, with_branch, interpret=Fa
     bias's, and with_branch those of x.
   """
   N, W = x.shape
-  programs, steps = _split(N // ROWS, PROGRAMS)
-  rows = pl.BlockSpec((ROWS * steps, W), lambda i: (i, 0))
-  each, row = pl.BlockSpec((ROWS * steps,), lambda i: (i,)), pl.BlockSpec((W,), lambda i: (0,))
+  size, warps = _tile(W)
+  programs = min(PROGRAMS, N // size)
+  whole = lambda x: pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
+  arrays = x, mean, share, scale, grad, around
   count = 3 if with_branch else 2
   sums = pl.BlockSpec((None, count, W), lambda i: (i, 0, 0)), ((programs, count, W), jnp.float32)
   return _call(
-    _norm_gradient, (programs,), [rows, each, each, row, rows, rows],
-    [(rows, (x.shape, x.dtype)), sums], (x, mean, share, scale, grad, around), interpret,
-    steps=steps,
+    _norm_gradient, (programs,), [whole(a) for a in arrays], [(whole(x), (x.shape, x.dtype)), sums],
+    arrays, warps, interpret, size=size,
   )  # fmt: skip
+
+
+def gelu(x, tanh, interpret=False):
+  """x: (N, F) -> GELU of it."""
+  size = min(FLAT, x.size & -x.size)
+  block = pl.BlockSpec((size,), lambda i: (i,))
+  out = block, ((x.size,), x.dtype)
+  kernel = functools.partial(_call, _gelu, (x.size // size,), [block], [out])
+  return kernel((x.reshape(-1),), 4, interpret, tanh=tanh, on_gpu=not interpret)[0].reshape(x.shape)
 
 
 def gelu_gradient(x, grad, tanh, interpret=False):
   """x: (N, F), and GELU's gradient -> x's; sums of it over parts of the rows, (P, F) float32."""
   N, F = x.shape
   size = _piece(F)
-  programs, steps = _split(N // ROWS, max(PROGRAMS * size // F, 1))
-  block = pl.BlockSpec((ROWS * steps, size), lambda j, i: (i, j))
+  programs = min(max(4 * PROGRAMS * size // F, 1), N // PAIR)
+  column = pl.BlockSpec((N, size), lambda j, i: (0, j))
   sums = pl.BlockSpec((None, size), lambda j, i: (i, j)), ((programs, F), jnp.float32)
   return _call(
-    _gelu_gradient, (F // size, programs), [block, block], [(block, (x.shape, x.dtype)), sums],
-    (x, grad), interpret, tanh=tanh, steps=steps,
+    _gelu_gradient, (F // size, programs), [column, column], [(column, (x.shape, x.dtype)), sums],
+    (x, grad), 1, interpret, tanh=tanh, on_gpu=not interpret,
   )  # fmt: skip
-
-
-def _split(count, least):
-  """programs x steps = count, with as many steps, a power of two, as leave so many programs."""
-  steps = 1
-  while count % (2 * steps) == 0 and count // (2 * steps) >= least:
-    steps *= 2
-  return count // steps, steps
 
 
 def _piece(W):
@@ -97,6 +103,24 @@ def _piece(W):
 
 def _pieces(W):
   return [pl.ds(start, _piece(W)) for start in range(0, W, _piece(W))]
+
+
+def _tile(W):
+  """Rows of W numbers that a program has at once, and its warps.
+
+  A load of a warp is 256 numbers where W allows it, and what a thread has fits its registers.
+  """
+  rows = min(LONGEST // _piece(W), max(768 // W, 1))
+  return 1 << (rows.bit_length() - 1), 1 if W <= 1024 else 2
+
+
+def _turns(axis, count):
+  """First and last but one of this program's steps, of `count` for all along a grid's axis."""
+  i, programs = pl.program_id(axis), pl.num_programs(axis)
+  # Without the product of i and count, which may not fit 32 bits.
+  steps, rest = count // programs, count % programs
+  first = i * steps + jnp.minimum(i, rest)
+  return first, first + steps + (i < rest).astype(jnp.int32)
 
 
 def _mean(pieces, W):
@@ -123,55 +147,91 @@ def _norm(x_ref, scale_ref, bias_ref, *refs, eps):
 
 
 def _norm_gradient(
-  x_ref, mean_ref, share_ref, scale_ref, grad_ref, around_ref, dx_ref, sums_ref, *, steps
+  x_ref, mean_ref, share_ref, scale_ref, grad_ref, around_ref, dx_ref, sums_ref, *, size
 ):
-  W = x_ref.shape[-1]
+  """A step has `size` rows; their numbers are asked for a step before."""
+  N, W = x_ref.shape
   pieces = _pieces(W)
   scale = [scale_ref[piece][None] for piece in pieces]
   count = sums_ref.shape[0]
+  first, end = _turns(0, N // size)
 
-  def some(i, sums):
-    rows = pl.ds(i * ROWS, ROWS)
-    mean, share = mean_ref[rows][:, None], share_ref[rows][:, None]
-    unit = [(x_ref[rows, p].astype(jnp.float32) - mean) * share for p in pieces]
-    grad = [grad_ref[rows, p].astype(jnp.float32) for p in pieces]
+  def load(i):
+    rows = pl.ds(i * size, size)
+    of_pieces = ([ref[rows, p] for p in pieces] for ref in (x_ref, grad_ref, around_ref))
+    return *of_pieces, mean_ref[rows], share_ref[rows]
+
+  def some(i, carry):
+    sums, (x, grad, around, mean, share) = carry
+    following = load(jnp.minimum(i + 1, end - 1))
+    rows, mean, share = pl.ds(i * size, size), mean[:, None], share[:, None]
+    unit = [(p.astype(jnp.float32) - mean) * share for p in x]
+    grad = [g.astype(jnp.float32) for g in grad]
     scaled = [g * s for g, s in zip(grad, scale, strict=True)]
     own, along = _mean(scaled, W), _mean([s * u for s, u in zip(scaled, unit, strict=True)], W)
     new = []
-    for p, s, u, g, old in zip(pieces, scaled, unit, grad, sums, strict=True):
-      dx = share * (s - own - u * along) + around_ref[rows, p].astype(jnp.float32)
+    for p, s, u, g, r, old in zip(pieces, scaled, unit, grad, around, sums, strict=True):
+      dx = share * (s - own - u * along) + r.astype(jnp.float32)
       dx_ref[rows, p] = dx.astype(dx_ref.dtype)
       new.append(tuple(a + b for a, b in zip(old, (g * u, g, dx)[:count], strict=True)))
-    return new
+    return new, following
 
-  zeros = jnp.zeros((ROWS, pieces[0].size), jnp.float32)
-  sums = jax.lax.fori_loop(0, steps, some, [(zeros,) * count] * len(pieces))
+  zeros = jnp.zeros((size, pieces[0].size), jnp.float32)
+  start = [(zeros,) * count] * len(pieces), load(first)
+  sums, _ = jax.lax.fori_loop(first, end, some, start)
   for piece, found in zip(pieces, sums, strict=True):
     for i, x in enumerate(found):
       sums_ref[i, piece] = jnp.sum(x, axis=0)
 
 
-def _gelu_gradient(x_ref, grad_ref, dx_ref, sums_ref, *, tanh, steps):
-  def some(i, sums):
-    rows = pl.ds(i * ROWS, ROWS)
-    dx = _slope(x_ref[rows, :].astype(jnp.float32), tanh) * grad_ref[rows, :].astype(jnp.float32)
-    dx_ref[rows, :] = dx.astype(dx_ref.dtype)
-    return sums + dx
-
-  sums = jax.lax.fori_loop(0, steps, some, jnp.zeros((ROWS, x_ref.shape[-1]), jnp.float32))
-  sums_ref[...] = jnp.sum(sums, axis=0)
+def _gelu(x_ref, y_ref, *, tanh, on_gpu):
+  x = x_ref[...].astype(jnp.float32)
+  y_ref[...] = (x * _share(x, tanh, on_gpu)).astype(y_ref.dtype)
 
 
-def _slope(x, tanh):
-  """GELU's derivative with one exponential and one root, of a GPU's arithmetic the slowest."""
-  reciprocal = lambda x: jax.lax.rsqrt(x) ** 2  # of what is at least 1
-  if tanh:  # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
-    c = np.sqrt(8 / np.pi, dtype=np.float32)
-    share = reciprocal(1 + jnp.exp(-c * x * (1 + 0.044715 * x * x)))
-    return share + c * x * (1 + 3 * 0.044715 * x * x) * share * (1 - share)
-  # Abramowitz and Stegun, 7.1.26: within 1.5e-7 of erf.
-  bell = jnp.exp(-0.5 * x * x)
-  t = reciprocal(1 + 0.3275911 * np.sqrt(0.5, dtype=np.float32) * jnp.abs(x))
-  series = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-  tail = 0.5 * bell * t * functools.reduce(lambda total, a: total * t + a, series[::-1])
-  return jnp.where(x < 0, tail, 1 - tail) + x * bell * np.sqrt(0.5 / np.pi, dtype=np.float32)
+def _gelu_gradient(x_ref, grad_ref, dx_ref, sums_ref, *, tanh, on_gpu):
+  """A step has PAIR rows of some columns; their numbers are asked for a step before."""
+  N, size = x_ref.shape
+  first, end = _turns(1, N // PAIR)
+
+  def load(i):
+    rows = pl.ds(i * PAIR, PAIR)
+    return x_ref[rows, :], grad_ref[rows, :]
+
+  def some(i, carry):
+    sums, (x, grad) = carry
+    following = load(jnp.minimum(i + 1, end - 1))
+    dx = _slope(x.astype(jnp.float32), tanh, on_gpu) * grad.astype(jnp.float32)
+    dx_ref[pl.ds(i * PAIR, PAIR), :] = dx.astype(dx_ref.dtype)
+    return sums + dx, following
+
+  start = jnp.zeros((PAIR, size), jnp.float32), load(first)
+  sums_ref[...] = jnp.sum(jax.lax.fori_loop(first, end, some, start)[0], axis=0)
+
+
+# log2 of GELU's share of x over what it leaves, over x, as a polynomial of x^2. By tanh: its
+# definition. By erf, of the normal distribution, up to 5.5^2: the minimax fit, weighted so that it
+# is one of GELU; that is within 8e-8 and within 3e-4 of itself at -4, the share within 1.1e-7.
+_TANH = (2.30220810, 0.102943240)
+_NORMAL = (
+  2.30220723, 0.104838692, -9.56754229e-5, -1.59362869e-4, 1.1448471e-5, -3.84776655e-7,
+  5.20330268e-9,
+)  # fmt: skip
+_FAR = 5.5**2
+
+
+def _share(x, tanh, on_gpu):
+  """GELU over x: (1 + tanh(.)) / 2, or the normal distribution's Phi(x)."""
+  square = x * x if tanh else jnp.minimum(x * x, _FAR)
+  odds = ptx.polynomial(square, _TANH if tanh else _NORMAL, on_gpu)
+  return ptx.share(-x * odds, on_gpu)
+
+
+def _slope(x, tanh, on_gpu):
+  """GELU's derivative."""
+  share = _share(x, tanh, on_gpu)
+  if tanh:
+    a, b = (math.log(2) * c for c in _TANH)
+    return share + x * ptx.polynomial(x * x, (a, 3 * b), on_gpu) * share * (1 - share)
+  bell = ptx.exp2(x * x, -0.5 * math.log2(math.e), jnp.zeros_like(x), on_gpu)
+  return share + x * bell * math.sqrt(0.5 / math.pi)
