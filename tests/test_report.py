@@ -1,5 +1,6 @@
 """The report is one self-contained, escaped page that any state of a run can be written to."""
 
+import html
 import json
 import re
 
@@ -8,7 +9,7 @@ import pytest
 
 from jepa_vl.evals import report
 from jepa_vl.evals.report import __main__ as program
-from jepa_vl.evals.report import details
+from jepa_vl.evals.report import details, pictures
 
 NASTY = '<script>alert("🦙 & co")</script>'
 EMPTY = {"config": {}, "results": [], "notes": {}, "drawn": []}
@@ -146,7 +147,7 @@ def test_right_captions_and_ranks(tmp_path, retrieval):
   assert sorted(rank for _, rank, _ in cards) == ["1", "1", "3"]
   items = next(items for items, _, caption in cards if caption == "llama")
   order = re.findall(r'<li( class="hit")?>(\S*)', items)
-  assert order[0] == ("", report.html.escape(NASTY).split()[0])
+  assert order[0] == ("", html.escape(NASTY).split()[0])
   assert order[2] == (' class="hit"', "llama")
   # "llama" likes images 0 and 2 alike: the tie counts against it
   strip = re.search(r"“llama” <span[^>]*>.*?rank (\d) of 3</span>(.*?)</div>", page, re.DOTALL)
@@ -155,7 +156,7 @@ def test_right_captions_and_ranks(tmp_path, retrieval):
 
 
 def test_nan_similarity_ranks_last():
-  ((_, order, rank),) = report._queries(np.full((1, 4), np.nan), np.eye(1, 4, dtype=bool), 3)
+  ((_, order, rank),) = pictures.queries(np.full((1, 4), np.nan), np.eye(1, 4, dtype=bool), 3)
   assert rank == 4 and 0 not in order
 
 
@@ -217,9 +218,11 @@ def test_runs_stand_side_by_side_each_in_its_own_reading(tmp_path):
 def test_embeddings_are_drawn_beside_the_normal_density(monkeypatch):
   """Densities integrate to the share within the axis; those of normal embeddings are normal."""
   drawn = {}
-  monkeypatch.setattr(report, "figure", lambda title, lines, *_, **__: drawn.update({title: lines}))
+  keep = lambda title, lines, *_, **__: drawn.update({title: lines})
+  monkeypatch.setattr(pictures, "figure", keep)
   rng = np.random.default_rng(0)
-  report._embeddings({"normal": rng.normal(size=(4000, 16)), "wide": 9 * rng.normal(size=(50, 16))})
+  made = {"normal": rng.normal(size=(4000, 16)), "wide": 9 * rng.normal(size=(50, 16))}
+  pictures.embeddings(made)
   (_, x, normal, _), (_, _, wide, _), (_, _, ideal, _) = drawn["Along random directions"]
   assert np.abs(normal - ideal).max() < 0.01 and wide.max() < 0.1
   assert wide.sum() * (x[1] - x[0]) == pytest.approx(0.34, abs=0.05)  # P(|9 z| < 4)

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from jepa_vl.evals import common, report
+from jepa_vl.evals.report import markup
 from jepa_vl.metrics import read_jsonl
 
 
@@ -39,7 +40,7 @@ def page(runs):
   """HTML of what `read` gives of one run or several."""
   for run, name in zip(runs, _names(runs), strict=True):
     run["name"] = name
-  return report.page(
+  return markup.page(
     "Comparison of runs" if len(runs) > 1 else f"Run {runs[0]['name']}",
     [_differences(runs), _results(runs), _curves(runs), _pictures(runs)],
   )
@@ -62,7 +63,7 @@ def _flat(tree, prefix=""):
 
 
 def _rows(head, rows):
-  cell = lambda tag, v: f"<{tag}>{report.escape(v)}</{tag}>"
+  cell = lambda tag, v: f"<{tag}>{markup.escape(v)}</{tag}>"
   lines = "".join(f"<tr>{''.join(cell('td', v) for v in row)}</tr>" for row in rows)
   return (
     f'<div class="scroll"><table><thead><tr>{"".join(cell("th", h) for h in head)}</tr></thead>'
@@ -106,7 +107,7 @@ def _results(runs):
   for key in keys:
     first = next(c[key] for c in columns if key in c)
     cells = [_with_interval(c.get(key)) for c in columns]
-    lines.append([" ".join(key), *cells, *(report.number(first.get(f)) for f in floors)])
+    lines.append([" ".join(key), *cells, *(markup.number(first.get(f)) for f in floors)])
   head = ["figure", *(run["name"] for run in runs), *(f.replace("_", " ") for f in floors)]
   text = "With 95% intervals (resampled images). Lower is better of: rmse, abs_rel, drop_points."
   return f'<h2>Results</h2><p class="quiet">{text}</p>{_rows(head, lines)}'
@@ -115,7 +116,7 @@ def _results(runs):
 def _with_interval(row):
   if row is None:
     return "–"
-  value, ends = report.number(row["value"]), report.interval(row)
+  value, ends = markup.number(row["value"]), markup.interval(row)
   return f"{value} ({ends})" if ends else value
 
 
@@ -123,7 +124,7 @@ def _pictures(runs):
   if len(runs) == 1:
     return runs[0]["pictures"]
   return "".join(
-    f"<details><summary>Pictures of {report.escape(run['name'])}</summary>{run['pictures']}"
+    f"<details><summary>Pictures of {markup.escape(run['name'])}</summary>{run['pictures']}"
     "</details>"
     for run in runs
     if run["pictures"]
@@ -144,5 +145,5 @@ def _curves(runs):
         values = np.concatenate([y for _, _, y, _ in lines])
         wide = log and np.nanmax(values) > 10 * np.nanmin(values) > 0
         named = f"{title}: {label or key}" if len(keys) > 1 else title
-        figures.append(report.figure(named, lines, hint, log=wide))
+        figures.append(markup.figure(named, lines, hint, log=wide))
   return f'<h2>Training</h2><div class="grid">{"".join(figures)}</div>' if figures else ""
