@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import presets
-from jepa_vl import objectives, sharding
+from jepa_vl import checkpoint, checks, objectives, sharding
 from jepa_vl import state as state_lib
 from jepa_vl.build import build
 
@@ -47,11 +47,15 @@ def few_devices(monkeypatch):
   monkeypatch.setattr(sharding, "make_mesh", few)
 
 
-def first_step(config, mesh_sizes):
-  """State before and after one step, and the metrics, on that mesh."""
+def run_on(config, mesh_sizes):
   c = config.copy_and_resolve_references()
   c.mesh.update(mesh_sizes)
-  run = build(c)
+  return build(c)
+
+
+def first_step(config, mesh_sizes):
+  """State before and after one step, and the metrics, on that mesh."""
+  run, c = run_on(config, mesh_sizes), config
   state = state_lib.init_state(
     run.model, run.tx, run.mesh, c.seed, shard_optimizer=c.optim.sharded
   )
@@ -62,11 +66,14 @@ def first_step(config, mesh_sizes):
   return before, state, jax.device_get(metrics)
 
 
+def adam_moment(state):
+  return next(s.mu for s in jax.tree.leaves(state.opt, is_leaf=lambda x: hasattr(x, "mu"))
+              if hasattr(s, "mu"))  # fmt: skip
+
+
 def adam_gradients(state):
   """The first step's gradients, from Adam's first moment."""
-  mu = next(s.mu for s in jax.tree.leaves(state.opt, is_leaf=lambda x: hasattr(x, "mu"))
-            if hasattr(s, "mu"))  # fmt: skip
-  return jax.tree.map(lambda m: np.asarray(m) / 0.1, mu)
+  return jax.tree.map(lambda m: np.asarray(m) / 0.1, adam_moment(state))
 
 
 def with_gradient(name, leaf):
@@ -169,6 +176,40 @@ def test_a_sharded_optimizers_state_is_split_over_data_and_parameters_are_not(co
   shard = lambda x: x.sharding.shard_shape(x.shape)
   assert shard(up(state.params)) == (4, 128, 256)
   assert shard(up(state.opt)) == (4, 32, 256)
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_checkpoint_goes_on_with_the_optimizer_sharded_otherwise(config, sharded, tmp_path):
+  """From step 1 with `optim.sharded` turned over: the state as saved, and the next step as before.
+
+  Laid out by the new value, so that the option can be turned on when memory is short.
+  """
+  mesh = {"data": 4, "fsdp": 1, "tensor": 1}
+  config.optim.sharded = sharded
+  _, straight, _ = first_step(config, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints.save(1, straight, run_on(config, mesh).meta)
+  checkpoints.close()
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  config.optim.sharded = not sharded
+  other = run_on(config, mesh)
+  step, state = checkpoints.restore(
+    other.abstract_state, check=lambda meta: checks.resume(meta, other)
+  )
+  checkpoints.close()
+  assert step == 1
+  jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (state, straight)))
+  kernel = adam_moment(state)["image"]["tower"]["blocks"]["mlp"]["up"]["kernel"]
+  part = np.prod(kernel.sharding.shard_shape(kernel.shape))
+  assert part == kernel.size / (1 if sharded else 4)
+  config.optim.sharded = sharded
+  same = run_on(config, mesh)
+  batch = sharding.put_batch(example(config, same.model.vocab_size, seed=1), same.mesh)
+  with jax.set_mesh(same.mesh):
+    _, expected = same.train_step(straight, batch)
+    _, found = other.train_step(state, batch)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_parameters_are_split_as_the_table_says(config):
