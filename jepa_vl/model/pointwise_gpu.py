@@ -79,9 +79,10 @@ def gelu(x, tanh, interpret=False):
   """x: (N, F) -> GELU of it."""
   size = min(FLAT, x.size & -x.size)
   block = pl.BlockSpec((size,), lambda i: (i,))
-  out = block, ((x.size,), x.dtype)
-  kernel = functools.partial(_call, _gelu, (x.size // size,), [block], [out])
-  return kernel((x.reshape(-1),), 4, interpret, tanh=tanh, on_gpu=not interpret)[0].reshape(x.shape)
+  return _call(
+    _gelu, (x.size // size,), [block], [(block, ((x.size,), x.dtype))], (x.reshape(-1),), 4,
+    interpret, tanh=tanh, on_gpu=not interpret,
+  )[0].reshape(x.shape)  # fmt: skip
 
 
 def gelu_gradient(x, grad, tanh, interpret=False):
@@ -115,7 +116,7 @@ def _tile(W):
 
 
 def _turns(axis, count):
-  """First and last but one of this program's steps, of `count` for all along a grid's axis."""
+  """This program's share of `count` steps along a grid's axis: its first, and the next one's."""
   i, programs = pl.program_id(axis), pl.num_programs(axis)
   # Without the product of i and count, which may not fit 32 bits.
   steps, rest = count // programs, count % programs
