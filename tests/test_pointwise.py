@@ -1,5 +1,7 @@
 """LayerNorm and GELU, and their kernels for GPUs interpreted, against Flax's."""
 
+import math
+import re
 import types
 
 import flax.linen as nn
@@ -23,7 +25,7 @@ def few_programs(monkeypatch):
 
 
 @EACH
-@pytest.mark.parametrize("width", [192, 384])  # in one piece, and in three
+@pytest.mark.parametrize("width", [192, 256])  # in three pieces of four rows, and in one of one
 @pytest.mark.parametrize("with_branch", [False, True])
 def test_layer_norm_is_flaxs(implementation, width, with_branch):
   """Also of rows in several programs of several steps, and with a gradient from around the norm.
@@ -74,7 +76,7 @@ def test_in_bfloat16_sums_are_added_in_float32(implementation):
 
 @EACH
 def test_each_device_has_its_rows(implementation):
-  x = jax.random.normal(jax.random.key(0), (16, 8, 64))
+  x = jax.random.normal(jax.random.key(0), (16, 8, 128))
   weights = jax.random.normal(jax.random.key(1), x.shape)
 
   def loss(x, scale, bias):
@@ -83,7 +85,7 @@ def test_each_device_has_its_rows(implementation):
     y = pointwise.gelu(y + jax.lax.stop_gradient(bias), bias, False, implementation)
     return jnp.sum(weights * (x + y))
 
-  args = x, jnp.linspace(0.5, 1, 64), jnp.linspace(-1, 1, 64)
+  args = x, jnp.linspace(0.5, 1, 128), jnp.linspace(-1, 1, 128)
   expected = jax.grad(loss, (0, 1, 2))(*args)
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   with jax.set_mesh(mesh):
@@ -97,6 +99,34 @@ def test_a_step_has_what_a_warp_loads_and_a_threads_registers_hold():
   assert tiles == {
     64: (4, 1), 192: (4, 1), 384: (2, 1), 576: (1, 1), 768: (1, 1), 1024: (1, 1), 1152: (1, 2)
   }  # fmt: skip
+  for width in range(64, 2049, 64):  # else rows would be left out
+    assert pointwise_gpu.ROWS % pointwise_gpu._tile(width)[0] == 0
+  assert pointwise_gpu.ROWS % pointwise_gpu.PAIR == 0
+
+
+def test_the_polynomial_is_as_near_to_the_normal_distribution_as_is_said():
+  x = np.linspace(-8, 8, 100001)
+  phi = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x])
+  odds = np.polynomial.Polynomial(pointwise_gpu._NORMAL)(x**2)
+  ours = 1 / (1 + 2.0 ** (-x * odds))
+  np.testing.assert_allclose(ours, phi, atol=1.1e-7)
+  np.testing.assert_allclose(x * ours, x * phi, atol=8e-8)
+  near = np.abs(x) < 4
+  np.testing.assert_allclose(ours[near], phi[near], rtol=3e-4)
+
+
+def test_the_gpu_kernels_can_be_made_without_a_gpu():
+  """Each is there, with the instructions that are not interpreted."""
+
+  def f(x, bias):
+    x, y = pointwise.layer_norm(x, (x, bias), bias, bias, 1e-5, "pallas")
+    return sum(jnp.sum(x + pointwise.gelu(y, bias, tanh, "pallas")) for tanh in (False, True))
+
+  x, bias = jax.ShapeDtypeStruct((2, 8, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), "float32")
+  lowered = jax.jit(jax.value_and_grad(f)).trace(x, bias).lower(lowering_platforms=("cuda",))
+  program = lowered.as_text()
+  for kernel in ("norm", "norm_gradient", "gelu", "gelu_gradient"):
+    assert re.search(f'name = "{kernel}"', program), kernel
 
 
 def test_auto_takes_the_kernels_where_triton_does():
