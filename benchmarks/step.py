@@ -10,7 +10,8 @@ Markdown table: median and range over all steps of all rounds but the first step
 pairs/s, TFLOP/s of the analytic count (forward and backward, without recomputation), MFU where the
 chip's peak is published, and of the rate at which it multiplies 8192 x 8192 bfloat16 matrices in
 the same run, peak memory, and seconds from the process's start to the end of its first step. What
-does not fit says "out of memory". Arguments that begin with --config set keys of ours.
+does not fit says "out of memory"; a loss that is no number is an error. Arguments that begin with
+--config set keys of ours.
 """
 
 import argparse
@@ -181,13 +182,15 @@ def child(args, keys):
     first, seconds = time.time() - args.born, []
     for _ in range(args.steps):
       begun = time.perf_counter()
-      program.take(rows, args.queued)
+      loss = program.take(rows, args.queued)
       seconds.append((time.perf_counter() - begun) / args.queued)
   except Exception as e:
     if not any(words in str(e) for words in ("RESOURCE_EXHAUSTED", "out of memory")):
       raise
     print(json.dumps({"out_of_memory": str(e).splitlines()[0][:200]}))
     return
+  if not np.isfinite(loss):
+    raise SystemExit(f"{args.child}: after {args.steps * args.queued} steps the loss is {loss}")
   found = {"first": first, "seconds": seconds, "memory": program.memory()}
   found["ceiling"] = program.ceiling()
   print(json.dumps({**found, **program.about}))
