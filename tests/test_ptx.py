@@ -12,6 +12,7 @@ from jepa_vl.model import ptx
 
 INSTRUCTIONS = {
   "mov.f32": lambda a: a,
+  "neg.f32": lambda a: -a,
   "add.f32": lambda a, b: a + b,
   "fma.rn.f32": lambda a, b, c: a * b + c,
   "ex2.approx.ftz.f32": lambda a: np.exp2(a),
@@ -42,11 +43,11 @@ def _value(operand, values):
   "f",
   [
     lambda x, on_gpu: ptx.exp2(x, 0.18, x[:, :1], on_gpu),
-    lambda x, on_gpu: ptx.share(x, on_gpu),
+    lambda x, on_gpu: ptx.sigmoid2(x, on_gpu),
     lambda x, on_gpu: ptx.polynomial(x, (0.5, -2.0, 0.25), on_gpu),
     lambda x, on_gpu: ptx.polynomial(x, (0.5, -2.0), on_gpu),
   ],
-  ids=["exp2", "share", "cubic", "line"],
+  ids=["exp2", "sigmoid2", "square", "line"],
 )
 def test_the_instructions_compute_what_is_said(f, monkeypatch):
   monkeypatch.setattr(plgpu, "elementwise_inline_asm", interpret)
@@ -58,5 +59,5 @@ def test_each_has_its_definition():
   x = np.linspace(-9, 9, 15, dtype=np.float32)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
   close(ptx.exp2(x, 0.5, np.float32(2), False), 2 ** (x / 2 - 2))
-  close(ptx.share(x, False), 1 / (1 + 2**x))
+  close(ptx.sigmoid2(x, False), 1 / (1 + 2**-x))
   close(ptx.polynomial(x, (0.5, -2, 0.25), False), 0.5 - 2 * x + 0.25 * x**2)

@@ -16,7 +16,7 @@ from jepa_vl.model import ptx
 
 ROWS = 8  # that the number of all rows is a multiple of
 PROGRAMS = 1056  # of the norms' backward pass: of one warp, 8 to each of 132 multiprocessors
-PAIR = 2  # rows of a step of GELU's backward pass, by as many programs four times
+PAIR = 2  # rows of a step of GELU's backward pass, which has four times as many programs
 SHORTEST, LONGEST = 64, 256  # numbers of a row that are loaded together; powers of two
 FLAT = 2048  # numbers of a program of GELU's forward pass, where rows do not matter
 
@@ -190,7 +190,7 @@ def _norm_gradient(
 
 def _gelu(x_ref, y_ref, *, tanh, on_gpu):
   x = x_ref[...].astype(jnp.float32)
-  y_ref[...] = (x * _share(x, tanh, on_gpu)).astype(y_ref.dtype)
+  y_ref[...] = (x * _gate(x, tanh, on_gpu)).astype(y_ref.dtype)
 
 
 def _gelu_gradient(x_ref, grad_ref, dx_ref, sums_ref, *, tanh, on_gpu):
@@ -213,10 +213,10 @@ def _gelu_gradient(x_ref, grad_ref, dx_ref, sums_ref, *, tanh, on_gpu):
   sums_ref[...] = jnp.sum(jax.lax.fori_loop(first, end, some, start)[0], axis=0)
 
 
-# log2 of GELU's share of x over what it leaves, over x, as a polynomial of x^2. By tanh: its
-# definition. By erf, of the normal distribution: the minimax fit up to 5.5^2, weighted so that it
-# is one of GELU. But for rounding GELU is within 8e-8, and within 3e-4 of itself down to -4; the
-# share is within 1.1e-7.
+# GELU is x times a gate; here is log2(gate / (1 - gate)) over x, as a polynomial of x^2. By tanh:
+# its definition. By erf, of the normal distribution: the minimax fit up to 5.5^2, weighted so that
+# it is one of GELU. But for rounding GELU is within 8e-8, and within 3e-4 of itself down to -4; the
+# gate is within 1.1e-7.
 _TANH = (2.30220810, 0.102943240)
 _NORMAL = (
   2.30220723, 0.104838692, -9.56754229e-5, -1.59362869e-4, 1.1448471e-5, -3.84776655e-7,
@@ -224,17 +224,17 @@ _NORMAL = (
 )  # fmt: skip
 
 
-def _share(x, tanh, on_gpu):
-  """GELU over x: (1 + tanh(.)) / 2, or the normal distribution's Phi(x)."""
+def _gate(x, tanh, on_gpu):
+  """(1 + tanh(.)) / 2, or the normal distribution's Phi(x)."""
   odds = ptx.polynomial(x * x, _TANH if tanh else _NORMAL, on_gpu)
-  return ptx.share(-x * odds, on_gpu)
+  return ptx.sigmoid2(x * odds, on_gpu)
 
 
 def _slope(x, tanh, on_gpu):
   """GELU's derivative."""
-  share = _share(x, tanh, on_gpu)
+  gate = _gate(x, tanh, on_gpu)
   if tanh:
     a, b = (math.log(2) * c for c in _TANH)
-    return share + x * ptx.polynomial(x * x, (a, 3 * b), on_gpu) * share * (1 - share)
+    return gate + x * ptx.polynomial(x * x, (a, 3 * b), on_gpu) * gate * (1 - gate)
   bell = ptx.exp2(x * x, -0.5 * math.log2(math.e), jnp.zeros_like(x), on_gpu)
-  return share + x * bell * math.sqrt(0.5 / math.pi)
+  return gate + x * bell * math.sqrt(0.5 / math.pi)

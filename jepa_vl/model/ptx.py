@@ -29,12 +29,12 @@ def polynomial(x, coefficients, on_gpu):
   return _elementwise(f"mov.f32 t, {_literal(last)}; {steps}mov.f32 $0, t;", x)
 
 
-def share(x, on_gpu):
-  """1 / (1 + 2 ** x) in float32."""
+def sigmoid2(x, on_gpu):
+  """1 / (1 + 2 ** -x) in float32."""
   if not on_gpu:
-    return 1 / (1 + jnp.exp2(x))
-  code = f"ex2.approx.ftz.f32 t, $1; add.f32 t, t, {_literal(1)}; rcp.approx.ftz.f32 $0, t;"
-  return _elementwise(code, x)
+    return 1 / (1 + jnp.exp2(-x))
+  raised = "neg.f32 t, $1; ex2.approx.ftz.f32 t, t"
+  return _elementwise(f"{raised}; add.f32 t, t, {_literal(1)}; rcp.approx.ftz.f32 $0, t;", x)
 
 
 def _literal(number):
