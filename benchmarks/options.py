@@ -32,7 +32,7 @@ def options(side, steps):
 def configured(args, changes):
   c = base.get_config()
   c.model.size, c.model.image_size, c.batch_size = args.size, args.side, args.batch
-  c.objective.group_size, c.log_every = 0, 10**6
+  c.objective.group_size, c.log_every, c.model.remat = 0, 10**6, "none"
   c.mesh.data, c.data.source, c.text.tokenizer = 1, "emoji", "emoji"
   c.update_from_flattened_dict(changes)
   return c

@@ -49,8 +49,8 @@ def get_config():
   c.model.patch_dropout = 0.0  # share of an image's patches that training does not look at (FLIP)
   c.model.scan = True  # one compiled layer in a loop; False: unrolled, the same numbers, faster and
   # longer to compile; of the last layer then only what is read
-  c.model.remat = "none"  # none, names, dots, full: what the backward pass recomputes, from nothing
-  # to all; auto: as little as the device's memory allows
+  c.model.remat = "auto"  # none, names, dots, full: what the backward pass recomputes, from nothing
+  # to all; auto: as little as the device's memory, by estimate, allows
   c.model.attention = "auto"  # how attention is computed, not what it is: short, xla (any chip),
   # pallas (TPUs, NVIDIA GPUs), cudnn (NVIDIA GPUs in bfloat16); auto: pallas on NVIDIA GPUs in
   # bfloat16, cudnn there for what that does not take, else short

@@ -1,4 +1,4 @@
-"""ViT-L/16 and a text tower of its size, otherwise as vit_b, with activations recomputed."""
+"""ViT-L/16 and a text tower of its size, otherwise as vit_b."""
 
 from configs import base, presets
 
@@ -6,5 +6,4 @@ from configs import base, presets
 def get_config(names=""):
   c = base.get_config()
   c.model.size = "large"
-  c.model.remat = "dots"
   return presets.apply(c, names)

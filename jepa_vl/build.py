@@ -142,8 +142,6 @@ def build(config, *, training=True, devices=None):
     dtype=compute_dtype(config.model, mesh.devices.flat[0].platform),
     scalars=objectives.learned_scalars(config.objective), device=mesh.devices.flat[0],
   )  # fmt: skip
-  if model.remat == "auto":
-    model = model.clone(remat="none")  # shapes and evaluations do not depend on it
   probe = online_probe.from_config(config.probe, two_tower.width(config.model.size))
   run = Run(config, mesh, source, tokenizer, model, tx, None, None, probe)
   run.abstract_state = state_lib.abstract_state(model, tx, mesh, probe, config.optim.sharded)

@@ -154,8 +154,8 @@ def _in_words(error):
     return str(error)
   if "RESOURCE_EXHAUSTED" in str(error):
     return (
-      f"out of memory: {str(error).splitlines()[0]}\nLower batch_size or raise accumulate, set "
-      "model.remat=dots or full, or split the parameters with mesh.fsdp"
+      f"out of memory: {str(error).splitlines()[0]}\nSet model.remat=full, lower batch_size, raise "
+      "accumulate (0: as memory asks for), or split the parameters with mesh.fsdp"
     )
   return f"{type(error).__name__}: {error}\nThis is unforeseen; --debug shows where it happened"
 

@@ -173,9 +173,11 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     raise ValueError(
       f"nothing fits into {SHARE:.0%} of a device's {text} at the least). Lower batch_size or "
       "objective.group_size (a micro-batch holds at least one group), split the parameters with "
-      "mesh.fsdp, or take a smaller model.size"
+      "mesh.fsdp, or take a smaller model.size; accumulate=1 and model.remat=full try it all the "
+      "same"
     )
-  log.info("memory of a device: %s, of which %.0f%% are planned for)", text, 100 * SHARE)
+  if config.accumulate == 0 or remat != "none":
+    log.info("memory of a device: %s; %.0f%% are planned for)", text, 100 * SHARE)
   config.accumulate, config.model.remat = accumulate, remat
 
 

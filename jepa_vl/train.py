@@ -297,10 +297,12 @@ class StepLog:
   def _stop(self, step, bad):
     self._checkpoints.wait()
     last = self._checkpoints.latest
-    good = self._checkpoints.path(last) if last is not None else "none was saved yet"
+    good, again = "none was saved yet", "start again"
+    if last is not None:
+      good, again = self._checkpoints.path(last), "start again to go on from it"
     raise FloatingPointError(
       f"step {step}: {', '.join(bad)} not finite. Last good checkpoint: {good}. Lower optim.lr "
-      f"(now {self._config.optim.lr:g}) or lengthen optim.warmup, and start again to go on from it"
+      f"(now {self._config.optim.lr:g}) or lengthen optim.warmup, and {again}"
     )
 
 

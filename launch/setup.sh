@@ -16,16 +16,17 @@ detect() {
 
 ACCELERATOR="${ACCELERATOR:-$(detect)}"
 case "$ACCELERATOR" in
-  cpu) JAX="jax" ;;
-  cuda) JAX="jax[cuda12]" ;;
-  tpu) JAX="jax[tpu]" ;;
+  cpu) JAX=(jax) ;;
+  cuda) JAX=("jax[cuda12]") ;;
+  tpu) JAX=("jax[tpu]" gcsfs) ;;  # gs://, where such machines have their working folder
   *) echo "error: ACCELERATOR=$ACCELERATOR; expected cpu, cuda or tpu" >&2; exit 2 ;;
 esac
 
 if [ ! -x "$VENV/bin/python" ]; then
   PYTHON="${PYTHON:-python3}"
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "error: $PYTHON is missing or older than Python 3.11; set PYTHON=/path/to/python3.11" >&2
+    echo "error: $PYTHON is missing or older than Python 3.11; set PYTHON=/path/to/python3.11, or let" >&2
+    echo "uv fetch one: pip install --user uv && python3 -m uv venv --seed --python 3.12 $VENV" >&2
     exit 1
   }
   echo "making the virtual environment $VENV"
@@ -39,5 +40,5 @@ if [ ! -x "$VENV/bin/python" ]; then
     exit 1
   }
 fi
-echo "installing $JAX and requirements.txt for: $ACCELERATOR (ACCELERATOR=cpu|cuda|tpu overrides)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$JAX" -r requirements.txt
+echo "installing ${JAX[*]} and requirements.txt for: $ACCELERATOR (ACCELERATOR=cpu|cuda|tpu overrides)"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${JAX[@]}" -r requirements.txt

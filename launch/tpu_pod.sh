@@ -66,6 +66,7 @@ start() {
   # what git tracks or would: configs of one's own, no virtual environment, no runs
   run bash -o pipefail -c \
     "git ls-files -z --cached --others --exclude-standard | tar -czf '$archive' --null -T -"
+  [ -n "${DRY_RUN:-}" ] || echo "$(du -h "$archive" | cut -f1) of code and configs go to every worker"
   tpu scp "$archive" "$NAME:jepa_vl.tgz" --node=all --worker=all
   on_all "[ ! -x jepa_vl/launch/worker.sh ] || jepa_vl/launch/worker.sh idle"
   on_all "mkdir -p jepa_vl && tar -xzf jepa_vl.tgz -C jepa_vl"

@@ -113,7 +113,7 @@ def test_empty_missing_and_other_files_are_refused_in_words(tmp_path):
   }.items():
     with pytest.raises(ValueError, match=words):
       files.read(path)
-  with pytest.raises(FileNotFoundError, match="is no file"):
+  with pytest.raises(FileNotFoundError, match="missing.pt: no weights there; expected a run"):
     files.read(str(tmp_path / "missing.pt"))
 
 

@@ -84,8 +84,8 @@ def open_source(name, path, split, keys=common.USUAL):
     raise ValueError(
       f"data.path is empty, and data.source={name!r} needs one. Give the pattern of your "
       f"training records, --config.data.path='{EXAMPLES[name]}', and a tokenizer, "
-      "--config.text.tokenizer=captions.model (README, 'Your own data', shows how to make both); "
-      "or try the program on the embedded dataset: --config=configs/tiny.py"
+      "--config.text.tokenizer=configs/captions.model (README, 'Your own data', shows how to make "
+      "both); or try the program on the embedded dataset: --config=configs/tiny.py"
     )
   source = SOURCES[name](path.replace("{split}", split), split, keys)
   try:

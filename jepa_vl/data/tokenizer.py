@@ -113,8 +113,13 @@ def load(spec):
 
   Raises:
     FileNotFoundError: no such file, or a folder without one of LAYOUTS.
-    ValueError: the files are no tokenizer, do not belong together or have no EOT.
+    ValueError: none is given, the files are no tokenizer, do not belong together or have no EOT.
   """
+  if not spec:
+    raise ValueError(
+      "text.tokenizer is empty. Give --config.text.tokenizer=configs/captions.model (README, 'Your "
+      "own data', shows how to make one of your captions) or GPT-2's tokenizer.json"
+    )
   path = EMBEDDED.get(spec) or os.path.expanduser(spec)
   where = f"text.tokenizer={spec!r}"
   if os.path.isdir(path):

@@ -75,10 +75,13 @@ def check(cfg):
   """Raises ValueError if the config's `evals` sub-tree names what no evaluation takes."""
   for name in cfg:
     run, keys = _of(name, cfg[name])
-    try:
-      inspect.signature(run).bind(None, None, None, **keys)
-    except TypeError as e:
-      raise ValueError(f"evals.{name}: {e}; see jepa_vl/evals for its keys") from e
+    _, _, _, *takes = inspect.signature(run).parameters.values()
+    module = run.__module__.replace(".", "/") + ".py"
+    missing = [p.name for p in takes if p.default is p.empty and p.name not in keys]
+    unknown = sorted(keys.keys() - {p.name for p in takes})
+    for which, names in (("lacks", missing), ("does not take", unknown)):
+      if names:
+        raise ValueError(f"evals.{name} {which} {', '.join(names)}; {module} says what they are")
 
 
 def prepare(encode, cfg):

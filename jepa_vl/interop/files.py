@@ -22,7 +22,10 @@ def read(path):
       PyTorch is needed and not installed.
   """
   if not os.path.isfile(path):
-    raise FileNotFoundError(f"{path} is no file; give a weight file")
+    raise FileNotFoundError(
+      f"{path}: no weights there; expected a run's folder or one of its checkpoints/STEP, a folder "
+      "that --mode=export wrote, or weight files"
+    )
   suffix = os.path.splitext(path)[1]
   if suffix not in READERS:
     raise ValueError(f"{path} is no weight file by its name; expected one of {', '.join(READERS)}")

@@ -215,7 +215,7 @@ class Blocks(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, select=None):
     if self.remat not in REMAT:
-      raise ValueError(f"model.remat must be one of {', '.join(REMAT)}, got {self.remat!r}")
+      raise ValueError(f"model.remat must be one of auto, {', '.join(REMAT)}, got {self.remat!r}")
     length = x.shape[1]
     x, mask = attention.pad(x, mask, self.block["attention"])
     block = dict(**self.block, length=length)

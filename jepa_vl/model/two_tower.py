@@ -172,7 +172,7 @@ def from_config(model, text, *, vocab_size, dtype, scalars, device=None):
     text_length=text.length,
     readout=text.readout,
     scan=model.scan,
-    remat=model.remat,
+    remat="none" if model.remat == "auto" else model.remat,  # `build` knows what the memory allows
     attention=attention.choose(
       model.attention, dtype, device, lengths, size, masked=text.readout != "eot"
     ),
