@@ -170,11 +170,13 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     f"{need[chosen] / GIB:.1f} GiB"
   )
   if need[chosen] > SHARE * bytes_limit:
+    ways = "Set accumulate=0 (as many micro-batches as memory asks for), lower batch_size"
+    if config.accumulate == 0:
+      ways = "Lower batch_size or objective.group_size (a micro-batch holds at least one group)"
     raise ValueError(
-      f"nothing fits into {SHARE:.0%} of a device's {text} at the least). Lower batch_size or "
-      "objective.group_size (a micro-batch holds at least one group), split the parameters with "
-      "mesh.fsdp, or take a smaller model.size; accumulate=1 and model.remat=full try it all the "
-      "same"
+      f"nothing fits into {SHARE:.0%} of a device's {text} at the least). {ways}, split the "
+      "parameters with mesh.fsdp, or take a smaller model.size; model.remat=full with accumulate "
+      "given tries it all the same"
     )
   if config.accumulate == 0 or remat != "none":
     log.info("memory of a device: %s; %.0f%% are planned for)", text, 100 * SHARE)
