@@ -106,6 +106,19 @@ def test_bad_rows_are_damaged_records(folder):
   assert "of type list" in found[6]
 
 
+def test_a_column_captions_is_no_list_of_captions(folder):
+  """Retrieval would take its letters for the image's captions; a caption it can be."""
+  line = {"path": "img/0.png", "caption": "one", "captions": "one|two", "alt": "kept"}
+  for name, content in {
+    "x.jsonl": json.dumps(line),
+    "x.csv": ",".join(line) + "\n" + ",".join(line.values()),
+  }.items():
+    record = {"image": image(0), "alt": "kept"}
+    assert open_table(folder / name, content)[0] == record | {"caption": "one"}
+    found = open_table(folder / name, content, caption_key="captions")[0]
+    assert found == record | {"caption": "one|two"}
+
+
 def test_what_is_no_table_is_said(folder):
   with pytest.raises(ValueError, match="first line must name the columns: no image.*found img/0.p"):
     open_table(folder / "x.tsv", "img/0.png\tno header\n")

@@ -92,6 +92,15 @@ def test_keys_name_members_and_fields_of_the_json(tmp_path):
   assert open_tars(path)[0]["caption"] == "of the txt"
 
 
+def test_a_text_named_captions_is_a_caption_if_asked_for_and_else_left_out(tmp_path):
+  fields = {"caption": "one", "captions": "a red cat"}
+  members = [("1.png", png(noise((4, 4)))), ("1.json", json.dumps(fields).encode())]
+  path = write_tar(tmp_path / "x.tar", members)
+  assert open_tars(path)[0] == {"image": members[0][1], "caption": "one"}
+  found = open_tars(path, caption_key="captions")[0]
+  assert found == {"image": members[0][1], "caption": "a red cat"}
+
+
 def test_identity_tells_data_apart_but_not_folders(tmp_path):
   for folder, first in (("one", 0), ("two", 1), ("again", 0)):
     (tmp_path / folder).mkdir()

@@ -269,6 +269,7 @@ def make_record(image, caption, fields):
   if not isinstance(image, bytes) or not image:
     raise DamagedRecord("the image is no bytes" if image else "the image is empty", "no_image")
   record = {k: v for k, v in fields.items() if isinstance(v, (int, str))}
+  record.pop("captions", None)  # of a record, a list (sources.py); whoever asked for it has it
   tags = fields.get("tags")
   record.pop("tags", None)
   if isinstance(tags, list) and tags and all(isinstance(t, str) for t in tags):
