@@ -1,8 +1,12 @@
 """Rows of TSV, CSV and JSONL, and pairs of files in a folder."""
 
+import csv
+import io
+import itertools
 import json
 import os
 import pickle
+import random
 
 import pytest
 from records import damage, noise, png, stands_in
@@ -51,25 +55,43 @@ def test_the_three_kinds_give_the_same_records(folder, end, mark):
 
 def test_line_breaks_within_quotes_are_text_in_a_csv(folder, monkeypatch):
   content = 'path,text\nimg/0.png,"two\nlines, ""quoted"""\nimg/1.png,one\n'
-  read = open
   for size in (1 << 24, 1, 7):  # quotes count on from one block to the next
-
-    class Blocks:
-      def __init__(self, *args):
-        self.file = read(*args)
-
-      def __enter__(self):
-        return self
-
-      def __exit__(self, *_):
-        self.file.close()
-
-      def read(self, n, size=size):
-        return self.file.read(min(n, size) if n == 1 << 24 else n)
-
-    monkeypatch.setattr(tables, "open", Blocks, raising=False)
+    monkeypatch.setattr(tables, "_BLOCK", size)
     source = open_table(folder / "x.csv", content)
     assert [source[i]["caption"] for i in range(len(source))] == ['two\nlines, "quoted"', "one"]
+
+
+def test_a_quote_within_a_cell_is_text_and_costs_no_row(folder):
+  captions = [f"picture {i}" for i in range(100)]
+  captions[10] = 'a 5" disk'
+  rows = "".join(f"img/{i % 6}.png,{caption}\n" for i, caption in enumerate(captions))
+  source = open_table(folder / "x.csv", "path,text\n" + rows)
+  assert [source[i]["caption"] for i in range(len(source))] == captions
+
+
+def test_rows_of_a_csv_begin_where_the_csv_module_has_them(tmp_path, monkeypatch):
+  rng, path = random.Random(0), tmp_path / "x.csv"
+  for _ in range(600):
+    content = "".join(rng.choices(("a", ",", '"', '""', ',"', '",', "\n", "\r\n"), k=30))
+    path.write_text("\ufeff" * rng.randrange(2) + content, newline="")
+    monkeypatch.setattr(tables, "_BLOCK", rng.choice((1, 2, 5, 1 << 24)))
+    *rows, last = csv.reader(io.StringIO(content + "\nlast", newline=""))
+    if last != ["last"]:  # it is within quotes
+      with pytest.raises(ValueError, match="x.csv, line .*: the quote"):
+        tables._row_starts(str(path))
+      continue
+    starts, data = tables._row_starts(str(path)), path.read_bytes()
+    found = [data[a:b].decode("utf-8-sig") for a, b in itertools.pairwise(starts)]
+    found = [next(csv.reader([row.rstrip("\r\n")]), []) for row in found]
+    assert [row for row in found if row] == [row for row in rows if row], repr(content)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 24])
+def test_a_csv_that_ends_within_quotes_is_refused_with_the_line(folder, monkeypatch, size):
+  monkeypatch.setattr(tables, "_BLOCK", size)
+  content = 'path,text\nimg/0.png,"a\nb"\nimg/1.png,"never closed\nimg/2.png,c\n'
+  with pytest.raises(ValueError, match="x.csv, line 4: the quote that opens a cell there is clos"):
+    open_table(folder / "x.csv", content)
 
 
 def test_several_tables_keys_and_root(folder):

@@ -4,26 +4,28 @@ import csv
 import functools
 import io
 import os
+import re
 
 import numpy as np
 
 from jepa_vl.data import common
 from jepa_vl.data.transforms import DamagedRecord
 
+_BLOCK = 1 << 24  # bytes of a table that are looked through at once
 _IMAGES = common.PATH_NAMES + common.IMAGE_NAMES
 
 
 class Table:
   """The rows of .tsv, .csv or .jsonl files that name an image file and its caption.
 
-  The first line of a TSV or CSV names its columns. In a CSV, quotes keep commas and line breaks
-  together; in a TSV they are characters as any other. Paths are relative to `image_root` or, if
-  that is empty, to the table's folder. A row is found by its place, so that no worker holds the
-  table: 8 bytes a row.
+  The first line of a TSV or CSV names its columns. In a CSV, quotes around a cell keep its commas
+  and line breaks together; elsewhere, and in a TSV, they are characters as any other. Paths are
+  relative to `image_root` or, if that is empty, to the table's folder. A row is found by its place,
+  so that no worker holds the table: 8 bytes a row.
 
   Raises:
     FileNotFoundError: nothing matches the pattern.
-    ValueError: a file of another kind, or without the columns.
+    ValueError: a file of another kind, without the columns, or a CSV that ends within quotes.
   """
 
   def __init__(self, pattern, keys):
@@ -49,7 +51,7 @@ class Table:
     with open(path, "rb") as f:
       line = f.read(int(starts[1]))
     try:
-      header = _cells(path, line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
+      header = _cells(path, line.removeprefix(_MARK).decode("utf-8", "replace"))
       self._columns(header)
     except (DamagedRecord, csv.Error) as e:
       raise ValueError(f"{path}, whose first line must name the columns: {e}") from e
@@ -111,26 +113,59 @@ class Table:
     return common.identity(self, map("{}:{}".format, names, self._stamps))
 
 
+# A cell within quotes, as Python's csv has it: a quote opens one only where a cell begins, and a
+# doubled one within is text. The group is empty if nothing closes it.
+_QUOTED = re.compile(rb'"(?<![^,\n]")[^"]*(?:""[^"]*)*+("|\Z)')
+_MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark, no part of the first cell
+
+
 def _row_starts(path):
   """Byte offsets at which the rows of a table begin, and the table's end.
 
-  Raises ValueError for a file of another kind.
+  Raises ValueError for a file of another kind, or one that ends within quotes.
   """
   if not path.endswith((".tsv", ".csv", ".jsonl")):
     raise ValueError(f"{path}: a table is a .tsv, .csv or .jsonl file")
-  quotes, starts, at = 0, [np.zeros(1, np.int64)], 0
   with open(path, "rb") as f:
-    while block := f.read(1 << 24):
-      data = np.frombuffer(block, np.uint8)
-      breaks = data == ord("\n")
-      if path.endswith(".csv"):  # within quotes a line break is text; a doubled quote cancels out
-        seen = np.cumsum(data == ord('"'), dtype=np.int64) + quotes
-        breaks &= seen % 2 == 0
-        quotes = int(seen[-1])
-      starts.append(np.flatnonzero(breaks) + 1 + at)
-      at += len(block)
-  starts = np.concatenate(starts)
-  return starts if starts[-1] == at else np.append(starts, at)
+    at = f.seek(len(_MARK) if f.read(len(_MARK)) == _MARK else 0)
+    breaks = _csv_breaks(path, f) if path.endswith(".csv") else _breaks(f)
+    starts = np.concatenate([np.zeros(1, np.int64), *(found + (at + 1) for found in breaks)])
+    size = f.tell()
+  return starts if starts[-1] == size else np.append(starts, size)
+
+
+def _breaks(file):
+  """Yields the places of line breaks, a block at a time, counted from where the file stands."""
+  at = 0
+  while block := file.read(_BLOCK):
+    yield np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at
+    at += len(block)
+
+
+def _csv_breaks(path, file):
+  """As `_breaks`, without those within quotes, where they are text."""
+  at, line, before = 0, 1, b"\n"
+  while block := file.read(_BLOCK):
+    while block.endswith(b'"') and (more := file.read(1)):  # so that doubled quotes stay together
+      block += more
+    breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+    spans, cell = [], None
+    for cell in _QUOTED.finditer(before + block):
+      spans.append(cell.span())
+    first, last = np.array(spans, np.int64).reshape(-1, 2).T - len(before)
+    number = np.searchsorted(first, breaks) - 1  # of the last cell that begins before the break
+    yield breaks[(number < 0) | (breaks >= np.append(last, 0)[number])] + at
+    within = cell and not cell[1]
+    if within and first[-1] >= 0:  # else it was opened in an earlier block
+      opened = line + block.count(b"\n", 0, first[-1])  # the line of its quote
+    before = b',"' if within else block[-1:]
+    at, line = at + len(block), line + len(breaks)
+  if before == b',"':
+    raise ValueError(
+      f"{path}, line {opened}: the quote that opens a cell there is closed nowhere, and all that "
+      'follows would be one row. Close it, or write the cell as "...", with "" for each quote in '
+      "it; if the file was cut short, copy it again"
+    )
 
 
 def _cells(path, line):
