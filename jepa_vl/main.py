@@ -74,9 +74,11 @@ def main(argv):
       watch.finish()
   except KeyboardInterrupt:
     code = _failed("interrupted; the same command goes on from the last checkpoint", watch)
-  except Exception as e:
+  except BaseException as e:
     if type(e).__name__ == "Stopped":  # train's, which is imported late
       _exit(_failed(str(e), watch, 75))
+    if not isinstance(e, Exception):
+      raise
     if watch and (_is_the_runtimes(e) or _is_the_runtimes(e.__cause__)):
       watch.explain()
     if _DEBUG.value:

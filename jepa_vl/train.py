@@ -26,8 +26,12 @@ log = logging.getLogger(__name__)
 PREEMPTED = 75  # exit code: saved, start me again
 
 
-class Stopped(Exception):
-  """Asked to end where nothing can be saved that is not: to be started again."""
+class Stopped(BaseException):
+  """Asked to end where nothing can be saved that is not: to be started again.
+
+  No Exception, as KeyboardInterrupt is none: raised in whatever runs when the signal comes, it must
+  not pass for a damaged checkpoint or record there.
+  """
 
 
 def train(config, workdir, watch=None):

@@ -4,15 +4,17 @@ import math
 import os
 import resource
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jepa_vl import checkpoint, sharding
+from jepa_vl import checkpoint, sharding, train
 from jepa_vl.state import TrainState
 
 # Orbax leaves an event loop open when a read fails.
@@ -117,6 +119,22 @@ def test_a_refusal_is_not_taken_for_damage(saved):
   with pytest.raises(ValueError, match="of another run"):
     restore(saved, check=refuse)
   assert (saved / "2").is_dir()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_while_a_checkpoint_is_opened_is_not_taken_for_damage(saved, monkeypatch, times):
+  real, calls = ocp.StandardCheckpointHandler.restore, []
+
+  def read(*args, **kwargs):
+    calls.append(args)
+    if len(calls) <= times:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", read)
+  with train.StopSignal(at_once=True), pytest.raises(train.Stopped, match="SIGTERM; the same"):
+    restore(saved)
+  assert sorted(os.listdir(saved)) == ["1", "2"] and len(calls) == 1
 
 
 def test_a_damaged_step_can_be_saved_again(saved):

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import processes
 import pytest
 from records import write
 
-from jepa_vl import main, metrics
+from jepa_vl import main, metrics, train
 from jepa_vl.data import embedded
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -184,6 +185,19 @@ def test_a_stop_signal_saves_and_asks_to_be_started_again(tmp_path, name):
   status, output = run(*flags[:2], f"--config.steps={max(saved) + 1}", "--config.log_every=1")
   assert status == 0 and f"checkpoints/{max(saved)}" in output, output
   assert max(losses(tmp_path)) == max(saved) + 1
+
+
+def test_a_stop_where_nothing_can_be_saved_asks_to_be_started_again_too(monkeypatch, capsys):
+  def stopped(watch):
+    raise train.Stopped("stopped by SIGTERM")
+
+  monkeypatch.setattr(main, "_run", stopped)
+  monkeypatch.setattr(main, "_MODE", types.SimpleNamespace(value="bench"))
+  for name in ("_check_config", "_start_logging"):
+    monkeypatch.setattr(main, name, lambda: None)
+  with pytest.raises(SystemExit) as e:
+    main.main([""])
+  assert e.value.code == train.PREEMPTED and capsys.readouterr().err == "stopped by SIGTERM\n"
 
 
 @pytest.mark.slow

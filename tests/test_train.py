@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import presets
 from jepa_vl import encoder, metrics, train
-from jepa_vl.data import feed, pipeline
+from jepa_vl.data import array_record, feed, pipeline
 from jepa_vl.data.counters import DataCounters
 
 
@@ -65,6 +65,18 @@ def test_a_stop_in_the_final_evaluation_asks_to_be_started_again(config, tmp_pat
   monkeypatch.setattr(train, "finish", real)
   assert train.train(config, str(tmp_path)) == 0
   assert (tmp_path / "results.json").exists()
+
+
+def test_a_stop_while_a_record_is_read_does_not_drop_the_record(tmp_path):
+  """In the final evaluation, which would go on without it."""
+
+  class Reader:
+    def __getitem__(self, index):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return b""
+
+  with pytest.raises(train.Stopped), train.StopSignal(at_once=True):
+    array_record._record(Reader(), 0)
 
 
 @pytest.mark.slow
