@@ -187,6 +187,37 @@ def test_a_folder_of_pairs(folder):
     source[3]
 
 
+def test_pairs_whose_names_hold_dots_are_read_and_what_has_no_partner_is_said(tmp_path, caplog):
+  names = ("a", "IMG_2020.01.05", "photo v1.2", "photo v1.3", "b", "b.2")
+  for i, name in enumerate(names):
+    (tmp_path / f"{name}.JPG").write_bytes(image(i))
+    (tmp_path / f"{name}.txt").write_text(name)
+  (tmp_path / "photo v1.3.seg.png").write_bytes(image(9))
+  source = sources.open_source("folder", str(tmp_path), "")
+  assert {source[i]["caption"]: source[i]["image"] for i in range(len(source))} == {
+    name: image(i) for i, name in enumerate(names)
+  }
+  assert not caplog.messages
+  for name in ("c.1.jpg", "d.1.2.txt", "notes.v2.md"):
+    (tmp_path / name).write_bytes(image(0))
+  assert len(sources.open_source("folder", str(tmp_path), "")) == len(names)
+  assert "2 files have no partner of their name and are left out: c.1.jpg, d.1.2.txt" in caplog.text
+
+
+def test_kinds_with_dots_stay_those_of_their_sample(tmp_path):
+  """As WebDataset has them; the identity is what it was before pairs could hold dots."""
+  for name in ("x.jpg", "x.seg.png", "x.thumb.jpg", "x.json", "y.jpg", "y.en.txt", "y.de.txt"):
+    content = '{"caption": "of the json"}' if name == "x.json" else name
+    (tmp_path / name).write_text(content)
+  source = tables.Folder(str(tmp_path), common.USUAL)
+  assert source[0] == {"image": b"x.jpg", "caption": "of the json"} and len(source) == 2
+  assert source.identity == "2 records, 6170aa0f7d4805a8"
+  keys = common.Keys(image_key="thumb.jpg")
+  assert tables.Folder(str(tmp_path), keys)[0]["image"] == b"x.thumb.jpg"
+  keys = common.Keys(caption_key="en.txt")
+  assert tables.Folder(str(tmp_path), keys)[1] == {"image": b"y.jpg", "caption": "y.en.txt"}
+
+
 def test_what_is_no_folder_of_pairs_is_said(tmp_path):
   for path in ("gs://bucket/x", str(tmp_path / "none")):
     with pytest.raises(FileNotFoundError, match="is no folder"):

@@ -1,8 +1,10 @@
 """Tables of image paths and captions (TSV, CSV, JSONL), and folders of x.jpg beside x.txt."""
 
+import collections
 import csv
 import functools
 import io
+import logging
 import os
 import re
 
@@ -10,6 +12,8 @@ import numpy as np
 
 from jepa_vl.data import common
 from jepa_vl.data.transforms import DamagedRecord
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 24  # bytes of a table that are looked through at once
 _IMAGES = common.PATH_NAMES + common.IMAGE_NAMES
@@ -192,7 +196,8 @@ def _fields(path, header, line):
 class Folder:
   """A folder, with all within it, of images and captions that share a name: a/x.jpg, a/x.txt.
 
-  Files are grouped as the members of a tar are; what lacks its partner is a record that raises
+  Files are grouped as the members of a tar are, by their names up to the first dot, but for pairs
+  that share more of it (v1.2.jpg, v1.2.txt). What lacks its partner is a record that raises
   DamagedRecord.
   """
 
@@ -200,15 +205,23 @@ class Folder:
     self._root, self._keys = os.path.expanduser(path), keys
     if "://" in path or not os.path.isdir(self._root):
       raise FileNotFoundError(f"path {path!r} is no folder; data.source='folder' needs one")
-    samples = {}
-    for folder, inner, files in os.walk(self._root):
-      inner.sort()
-      for name in sorted(files):
-        match = common.split_name(os.path.relpath(os.path.join(folder, name), self._root))
-        if match:
-          samples.setdefault(match[0], {})[match[1].lower()] = match[1]
+    names = [name for name in _names(self._root) if common.split_name(name)]
+    dotted, samples = _dotted_pairs(names, keys), {}
+    for name in names:
+      key, kind = _split_name(name, dotted)
+      samples.setdefault(key, {})[kind.lower()] = kind
     known = {*common.IMAGE_NAMES, *common.CAPTION_NAMES, "json", keys.image_key, keys.caption_key}
     self._samples = [(key, kinds) for key, kinds in samples.items() if known & set(kinds)]
+    others = [
+      f"{key}.{kind}"
+      for key, kinds in samples.items() if not known & set(kinds)
+      for kind in kinds.values() if kind.lower().rpartition(".")[2] in known
+    ]  # fmt: skip
+    if others:
+      log.warning(
+        "%s: %d files have no partner of their name and are left out: %s%s", path, len(others),
+        ", ".join(others[:3]), ", ..." if len(others) > 3 else "",
+      )  # fmt: skip
     if not self._samples:
       raise ValueError(f"{path!r} holds no x.jpg (jpeg, png, webp) beside x.txt (or x.json)")
 
@@ -232,3 +245,34 @@ class Folder:
   def identity(self):
     """Changes with the files' names and a sample of what is in them."""
     return common.identity(self, self._samples)
+
+
+def _names(root):
+  """The files in and below a folder, as paths from there, in an order of their own."""
+  for folder, inner, files in os.walk(root):
+    inner.sort()
+    for name in sorted(files):
+      yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _dotted_pairs(names, keys):
+  """The names, up to their last dot, that hold a dot and that an image and a caption share."""
+  images = {keys.image_key} if keys.image_key else {*common.IMAGE_NAMES}
+  captions = {keys.caption_key} if keys.caption_key else {*common.CAPTION_NAMES}
+  found = collections.defaultdict(set)
+  for name in names:
+    if "." in common.split_name(name)[1]:
+      key, _, kind = name.rpartition(".")
+      found[key].add(kind.lower())
+  return {key for key, there in found.items() if there & images and there & (captions | {"json"})}
+
+
+def _split_name(name, dotted):
+  """As common.split_name, at the last dot before which the name is one of `dotted`."""
+  key, kind = common.split_name(name)
+  parts = kind.split(".")
+  for i in range(len(parts) - 1, 0, -1):
+    longer = ".".join([key, *parts[:i]])
+    if longer in dotted:
+      return longer, ".".join(parts[i:])
+  return key, kind
