@@ -76,6 +76,20 @@ def test_keys_name_columns_and_a_class_column_gives_its_name(tmp_path):
     open_files(tmp_path / "x", caption_key="alt")
 
 
+def test_what_has_no_class_is_a_damaged_record(tmp_path):
+  """-1 is Hugging Face's mark for what has no label, and no place counted from the end."""
+  info = {"info": {"features": {"text": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+  kinds = pa.array([1, -1, 2, None], pa.int64())
+  table = pa.table({"image": [image(0)] * 4, "text": kinds})
+  pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "x")
+  source = open_files(tmp_path / "x")
+  assert source[0]["caption"] == "dog"
+  for i in (1, 2, 3):
+    with pytest.raises(DamagedRecord, match=f"row {i}: the caption is missing") as e:
+      source[i]
+    assert e.value.reason == "no_caption"
+
+
 def test_bad_files_and_columns_are_named(files, monkeypatch):
   whole = (files / "a.parquet").read_bytes()
   for content in (b"", b"x" * 5000, whole[:-100]):

@@ -119,6 +119,18 @@ def test_hugging_face_on_disk(tmp_path):
     sources.open_source("hugging_face", str(tmp_path), "train")
 
 
+def test_what_has_no_class_is_a_damaged_record():
+  rows = [{"image": image(0), "text": number} for number in (1, None, -1, 2)]
+  source = prepared.Prepared(
+    rows, name="x", fields=["image", "text"], classes={"text": ["cat", "dog"]}, parts=[],
+    keys=common.USUAL,
+  )  # fmt: skip
+  assert source[0]["caption"] == "dog"
+  for i in (1, 2, 3):
+    with pytest.raises(DamagedRecord, match=f"x, record {i}: the caption is missing"):
+      source[i]
+
+
 @pytest.mark.parametrize(
   ("open_", "module"),
   [(prepared.open_tfds, "tensorflow_datasets"), (prepared.open_hugging_face, "datasets")],

@@ -261,6 +261,11 @@ def check_caption(value):
   return value
 
 
+def class_name(names, number):
+  """The name of a record's class; None, of which no caption is made, where it has none."""
+  return names[number] if type(number) is int and 0 <= number < len(names) else None
+
+
 def make_record(image, caption, fields):
   """The record of encoded bytes and a caption, with what else `fields` has of use.
 

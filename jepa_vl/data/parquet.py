@@ -100,7 +100,8 @@ class Parquet:
       folder = self._root or os.path.dirname(path)
       image = common.image_bytes(row.pop(self._image), folder)
       if self._classes:
-        return common.make_record(image, self._classes[row[self._caption]], row)
+        caption = common.class_name(self._classes, row[self._caption])
+        return common.make_record(image, caption, row)
       return common.make_record(image, row.pop(self._caption), row)
     except DamagedRecord as e:
       raise e.at(f"{path}, row group {number}, row {i}") from e

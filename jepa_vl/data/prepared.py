@@ -42,7 +42,7 @@ class Prepared:
       image = common.image_bytes(row.pop(self._image), self._root)
       caption = row[self._caption]
       if self._classes:
-        caption = self._classes[caption] if 0 <= caption < len(self._classes) else None
+        caption = common.class_name(self._classes, caption)
       else:
         del row[self._caption]
       return common.make_record(image, caption, row)
