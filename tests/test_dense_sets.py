@@ -5,7 +5,7 @@ import io
 import numpy as np
 import PIL.Image
 import pytest
-from records import noise
+from records import noise, png
 
 from jepa_vl.data import dense_sets, maps, sources
 from jepa_vl.data.transforms import DamagedRecord
@@ -140,3 +140,11 @@ def test_what_is_no_label_map_is_a_damaged_record(tmp_path):
   assert indices == [0] and len(images) == len(found_maps) == 1
   with pytest.raises(ValueError, match="0.png has no 'depth', a PNG of millimetres per pixel"):
     maps.read(source, range(3), "depth")
+
+
+@pytest.mark.parametrize("field", ["segmentation", "depth"])
+def test_an_empty_map_is_a_damaged_record(field):
+  with pytest.raises(DamagedRecord, match="map"):
+    maps.DECODERS[field](b"")
+  rows = [{"image": png(noise((4, 4), 0)), field: b""}]
+  assert maps.read(rows, [0], field) == ([], [], [])

@@ -38,7 +38,10 @@ def depth(data):
 
   Raises DamagedRecord.
   """
-  found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+  try:
+    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+  except cv2.error:  # of an empty file
+    found = None
   if found is None or found.ndim != 2 or found.dtype != np.uint16:
     raise DamagedRecord(
       "the depth map is no PNG of one 16-bit channel in millimetres", "undecodable"
