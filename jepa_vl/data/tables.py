@@ -53,7 +53,7 @@ class Table:
     if len(starts) < 2:
       return []
     with open(path, "rb") as f:
-      line = f.read(int(starts[1]))
+      line = os.pread(f.fileno(), int(starts[1] - starts[0]), int(starts[0]))
     try:
       header = _cells(path, line.removeprefix(_MARK).decode("utf-8", "replace"))
       self._columns(header)
@@ -126,7 +126,8 @@ _MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark, no part of the first cell
 def _row_starts(path):
   """Byte offsets at which the rows of a table begin, and the table's end.
 
-  Raises ValueError for a file of another kind, or one that ends within quotes.
+  An empty line is no row: it goes with the one before it. Raises ValueError for a file of another
+  kind, or one that ends within quotes.
   """
   if not path.endswith((".tsv", ".csv", ".jsonl")):
     raise ValueError(f"{path}: a table is a .tsv, .csv or .jsonl file")
@@ -134,8 +135,12 @@ def _row_starts(path):
     at = f.seek(len(_MARK) if f.read(len(_MARK)) == _MARK else 0)
     breaks = _csv_breaks(path, f) if path.endswith(".csv") else _breaks(f)
     starts = np.concatenate([np.zeros(1, np.int64), *(found + (at + 1) for found in breaks)])
-    size = f.tell()
-  return starts if starts[-1] == size else np.append(starts, size)
+    if starts[-1] < f.tell():
+      starts = np.append(starts, f.tell())
+    sizes = np.diff(starts)
+    read = lambda i: os.pread(f.fileno(), int(sizes[i]), int(starts[i]))
+    empty = [i for i in np.flatnonzero(sizes <= 2) if not read(i).strip(b"\r\n")]
+  return np.delete(starts, empty)
 
 
 def _breaks(file):
