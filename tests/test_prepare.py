@@ -313,6 +313,8 @@ def test_long_captions_are_cut_between_words():
   assert clean_caption("x" * 10_001) == ("x" * 10_000, True)
   assert clean_caption("x" * 9_999 + " yy") == ("x" * 9_999, True)
   assert clean_caption("x" * 9_998 + " y z") == ("x" * 9_998 + " y", True)
+  assert clean_caption("x" * 9_000 + " " + "y" * 1_000) == ("x" * 9_000, True)
+  assert clean_caption("\u6a19 " + "\u5b57" * 12_000) == ("\u6a19 " + "\u5b57" * 9_998, True)
   with pytest.raises(DamagedRecord, match="empty"):
     clean_caption("\u200b \x00")
 

@@ -6,9 +6,9 @@ Images are reduced to RGB and resized to `--size` on the shorter side (never enl
 WebP that is RGB, still, upright and small enough keeps its bytes; all others are encoded anew.
 Captions: HTML entities (`&amp;`, `&#39;`) become what they stand for; control characters, byte
 order marks, zero-width spaces and word joiners go; Unicode is composed (NFC); a run of white space
-becomes one space, none at the ends; after 10,000 characters a caption is cut, between words. All
-other fields, `tags` among them, stay as the source gave them. What cannot be used is left out and
-listed in `rejected.csv`.
+becomes one space, none at the ends; after 10,000 characters a caption is cut, between words unless
+that costs a tenth of it. All other fields, `tags` among them, stay as the source gave them. What
+cannot be used is left out and listed in `rejected.csv`.
 
 First each stretch of the source becomes a file in DIR/work, then those are put into their final
 order. Every file gets its name when it is whole, and the bytes depend on the source and the

@@ -156,7 +156,9 @@ def clean_caption(text):
     raise DamagedRecord("the caption is empty once it is cleaned", "no_caption")
   if len(text) <= MAX_CAPTION:
     return text, False
-  return text[: MAX_CAPTION + 1].rpartition(" ")[0] or text[:MAX_CAPTION], True
+  words = text[: MAX_CAPTION + 1].rpartition(" ")[0]
+  # Chinese has a blank here and there, and not at the end of a word.
+  return words if len(words) >= 0.9 * MAX_CAPTION else text[:MAX_CAPTION], True
 
 
 def prepare_image(data, options):
