@@ -490,6 +490,22 @@ def test_a_folder_with_other_data_is_not_written_to(source, tmp_path, capsys):
 # --- before the start
 
 
+@pytest.mark.parametrize("inside", ["prepared", "", "link/prepared"])
+def test_a_folder_of_pairs_is_not_written_into(tmp_path, capsys, inside):
+  """It could not go on after a stop: its own files would be records of the source."""
+  folder = tmp_path / "pairs"
+  folder.mkdir()
+  for name, data in pair(1) + pair(2):
+    (folder / name).write_bytes(data)
+  before = sorted(folder.iterdir())
+  (tmp_path / "link").symlink_to(folder)
+  out = tmp_path / inside if inside.startswith("link") else folder / inside
+  assert run(folder, out, "--held-out=0", source="folder") == 1
+  assert f"--out {folder}" in (said := capsys.readouterr().err) and "lies within --path" in said
+  assert sorted(folder.iterdir()) == before
+  assert run(folder, tmp_path / "pairs-prepared", "--held-out=0", source="folder") == 0
+
+
 def test_the_estimate_is_near_what_comes(source, tmp_path, capsys):
   assert run(source, tmp_path, "--dry-run") == 0
   said = capsys.readouterr().out

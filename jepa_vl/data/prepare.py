@@ -249,6 +249,8 @@ def main(argv=None):
     parser.error("--path is needed: the files of --source, as in data.path")
   logging.basicConfig(level=logging.INFO, format="%(message)s")
   try:
+    if a.source == "folder":
+      _check_apart(a.path.replace("{split}", a.split), a.out)
     keys = common.Keys(a.image_key, a.caption_key, a.image_root, a.index_dir)
     source = sources.open_source(a.source, a.path, a.split, keys)
     prepare(
@@ -264,6 +266,15 @@ def main(argv=None):
     print("error: " + re.sub(rf"(?:--config\.)?data\.({_KEYS})\b", flag, str(e)), file=sys.stderr)
     return 1
   return 0
+
+
+def _check_apart(path, out):
+  path, out = os.path.realpath(os.path.expanduser(path)), os.path.realpath(out)
+  if os.path.commonpath([path, out]) == path:
+    raise ValueError(
+      f"--out {out} lies within --path {path}: what is written there would be read as records of "
+      "the source; give an --out beside it"
+    )
 
 
 _KEYS = "source|path|split|image_key|caption_key|image_root|index_dir"
