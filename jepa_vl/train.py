@@ -1,4 +1,4 @@
-"""The loop, in order: build, restore, then [evaluate, save, take the batch, step, log]*."""
+"""The loop, in order: build, restore, then [save, evaluate, take the batch, step, log]*."""
 
 import concurrent.futures
 import contextlib
@@ -169,14 +169,17 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       last = step == config.steps
       stopping = agreed(stop.requested)
       evaluating = due(config.eval_every, step) and not last
+      ranked = evaluating and bool(config.keep_best)
       saving = stopping or last or due(config.checkpoint_every, step)
-      saving |= evaluating and bool(config.keep_best)
       if evaluating or saving:
         steps.flush(progress)  # a state that is not finite stops here, before it is saved
       pause = time.perf_counter()
+      # An evaluation may fail, or be cut short; what it is kept by is known only after it.
+      if saving and (stopping or not ranked):
+        checkpoints.save(step, state, run.meta)
       results = evaluate(run, encode, state.variables, step, writer) if evaluating else {}
-      if saving:
-        checkpoints.save(step, state, run.meta, evals.figures(results) or None)
+      if ranked:
+        checkpoints.save(step, state, run.meta, evals.figures(results))
       if evaluating or saving:
         workdir.push(must=False)
       meter.pause(time.perf_counter() - pause)

@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import presets
 from jepa_vl import encoder, metrics, train
+from jepa_vl import step as step_lib
 from jepa_vl.data import array_record, feed, pipeline
 from jepa_vl.data.counters import DataCounters
 
@@ -22,6 +24,20 @@ from jepa_vl.data.counters import DataCounters
 def config(config):
   config.mesh.data = -1
   config.steps = 6
+  return config
+
+
+@pytest.fixture
+def quick(config, monkeypatch):
+  """A config whose steps only count themselves, with an evaluation that a test may replace."""
+  one = jnp.float32(1)
+  step = lambda state, rows: (
+    state.replace(step=state.step + 1), {"loss": one, "grad_norm": one, "param_norm": one}
+  )  # fmt: skip
+  monkeypatch.setattr(step_lib, "jit_train_step", lambda *_: step)
+  monkeypatch.setattr(train, "finish", lambda *_: None)
+  config.steps, config.log_every, config.eval_every, config.checkpoint_every = 4, 100, 2, 2
+  config.evals = ConfigDict({"rank": {"source": "emoji", "path": "", "splits": ("val",)}})
   return config
 
 
@@ -65,6 +81,35 @@ def test_a_stop_in_the_final_evaluation_asks_to_be_started_again(config, tmp_pat
   monkeypatch.setattr(train, "finish", real)
   assert train.train(config, str(tmp_path)) == 0
   assert (tmp_path / "results.json").exists()
+
+
+def test_an_evaluation_that_fails_does_not_take_the_due_save_along(quick, tmp_path, monkeypatch):
+  def fails(*_):
+    raise ValueError("no such figure")
+
+  monkeypatch.setattr(train, "evaluate", fails)
+  with pytest.raises(ValueError, match="no such figure"):
+    train.train(quick, str(tmp_path))
+  assert os.listdir(tmp_path / "checkpoints") == ["2"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_is_kept_by_an_evaluation_is_saved_after_it(quick, tmp_path, monkeypatch, stopped):
+  """But for a run that is asked to stop: what it has learnt comes first."""
+  seen = []
+
+  def evaluate(run, encode, variables, step, writer):
+    checkpoints = tmp_path / "checkpoints"
+    seen.append(any(name.startswith(str(step)) for name in os.listdir(checkpoints)))
+    return {"rank": {"figures": {"val/img": 3.0}}}
+
+  monkeypatch.setattr(train, "evaluate", evaluate)
+  if stopped:  # in the first step
+    quick.eval_every = 1
+    monkeypatch.setattr(train, "take", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+  quick.keep_best = "rank/val/img"
+  assert train.train(quick, str(tmp_path)) == (train.PREEMPTED if stopped else 0)
+  assert seen == [stopped]
 
 
 def test_a_stop_while_a_record_is_read_does_not_drop_the_record(tmp_path):
