@@ -208,8 +208,9 @@ def _loop(run, workdir, start, state, checkpoints, writer):
       steps.flush(progress)  # the step before, while this one runs
       steps.push(step + 1, values, counters, waited)
 
-  checkpoints.wait()  # before the final evaluation, which may be long
-  if step < config.steps:
+  checkpoints.wait()
+  # Also one asked for during the last step or its save: the final evaluation may be long.
+  if step < config.steps or any(distributed.exchange(stop.requested)):
     path = checkpoints.path(step)
     who = stop.name or "another process"
     log.info("stopped by %s; saved %s. The same command goes on from it", who, path)

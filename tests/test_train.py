@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import presets
-from jepa_vl import encoder, metrics, train
+from jepa_vl import checkpoint, encoder, metrics, train
 from jepa_vl import step as step_lib
 from jepa_vl.data import array_record, feed, pipeline
 from jepa_vl.data.counters import DataCounters
@@ -110,6 +110,21 @@ def test_what_is_kept_by_an_evaluation_is_saved_after_it(quick, tmp_path, monkey
   quick.keep_best = "rank/val/img"
   assert train.train(quick, str(tmp_path)) == (train.PREEMPTED if stopped else 0)
   assert seen == [stopped]
+
+
+def test_a_stop_in_the_last_save_comes_before_the_final_evaluation(quick, tmp_path, monkeypatch):
+  real = checkpoint.Checkpoints.save
+
+  def save(self, step, *args):
+    if step == quick.steps:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, step, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+  monkeypatch.setattr(train, "finish", lambda *_: pytest.fail("evaluated"))
+  quick.eval_every = 0
+  assert train.train(quick, str(tmp_path)) == train.PREEMPTED
+  assert (tmp_path / "checkpoints" / str(quick.steps)).is_dir()
 
 
 def test_a_stop_while_a_record_is_read_does_not_drop_the_record(tmp_path):
