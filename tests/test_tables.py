@@ -245,6 +245,23 @@ def test_kinds_with_dots_stay_those_of_their_sample(tmp_path):
   assert tables.Folder(str(tmp_path), keys)[1] == {"image": b"y.jpg", "caption": "y.en.txt"}
 
 
+def test_links_to_folders_are_followed_and_never_in_circles(tmp_path):
+  places = ("pairs/a/1", "pairs/2", "else/3", "else/in/4", "other/5")
+  for place in places:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".jpg").write_bytes(b"image")
+    path.with_suffix(".txt").write_text(place)
+  links = {
+    "pairs/up": ".", "pairs/a/top": "pairs", "pairs/again": "pairs/a", "pairs/b": "else",
+    "pairs/c": "else/in", "else/on": "other", "other/back": "else", "other/home": "pairs",
+  }  # fmt: skip
+  for link, target in links.items():
+    (tmp_path / link).symlink_to(tmp_path / target)
+  source = tables.Folder(str(tmp_path / "pairs"), common.USUAL)
+  assert sorted(source[i]["caption"] for i in range(len(source))) == sorted(places)
+
+
 def test_what_is_no_folder_of_pairs_is_said(tmp_path):
   for path in ("gs://bucket/x", str(tmp_path / "none")):
     with pytest.raises(FileNotFoundError, match="is no folder"):

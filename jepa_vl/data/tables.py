@@ -253,11 +253,21 @@ class Folder:
 
 
 def _names(root):
-  """The files in and below a folder, as paths from there, in an order of their own."""
-  for folder, inner, files in os.walk(root):
+  """The files in and below a folder, as paths from there, in an order of their own.
+
+  Links to folders elsewhere are followed, to each folder once; those to folders above or within the
+  root lead round in circles or to files that are read anyway.
+  """
+  seen, real_root = set(), os.path.realpath(root)
+  for folder, inner, files in os.walk(root, followlinks=True):
     inner.sort()
-    for name in sorted(files):
-      yield os.path.relpath(os.path.join(folder, name), root)
+    inside, real = os.path.relpath(folder, root), os.path.realpath(folder)
+    is_link = real != os.path.normpath(os.path.join(real_root, inside))
+    if real in seen or is_link and os.path.commonpath([real, real_root]) in (real, real_root):
+      inner.clear()
+      continue
+    seen.add(real)
+    yield from (os.path.normpath(os.path.join(inside, name)) for name in sorted(files))
 
 
 def _dotted_pairs(names, keys):
