@@ -32,6 +32,17 @@ def test_files_are_joined_in_the_order_of_their_names(tmp_path):
   assert [source[i]["caption"] for i in range(len(source))] == [f"number {i}" for i in range(7)]
 
 
+def test_a_file_with_a_bracket_in_its_name_is_found_by_it(tmp_path):
+  for name in ("a[1].array_record", "b*.array_record", "b1.array_record"):
+    write(tmp_path / name, [record(0, caption=name)])
+  for _ in range(2):
+    source = sources.open_source("array_record", str(tmp_path / "a[1].array_record"), "")
+    assert [source[i]["caption"] for i in range(len(source))] == ["a[1].array_record"]
+    write(tmp_path / "a1.array_record", [record(0, caption="another")])
+  assert len(sources.ArrayRecord(str(tmp_path / "b*.array_record"))) == 2
+  assert len(sources.ArrayRecord(str(tmp_path / "a[0-9].array_record"))) == 1
+
+
 def test_identity_tells_data_sets_apart(tmp_path):
   """Also files of one name, size and number of records; the folder that they lie in is nothing."""
   for folder, first in (("one", 0), ("two", 1), ("again", 0)):

@@ -87,6 +87,8 @@ def _local_glob(pattern, suffix):
   if os.path.isdir(pattern):
     pattern = os.path.join(glob.escape(pattern), "*" + suffix)
   paths = glob.glob(pattern, recursive=True)
+  if os.path.isfile(pattern) and pattern not in paths:  # "a[1].tar" itself
+    paths = [pattern]
   return [p for p in paths if not p.endswith(INDEX_SUFFIX) and not os.path.isdir(p)]
 
 
