@@ -32,6 +32,7 @@ def tfds_folder(tmp_path_factory):
         "image": tfds.features.Image(),
         "text": tfds.features.Text(),
         "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        "tags": tfds.features.Sequence(tfds.features.Text()),
       }
       features = tfds.features.FeaturesDict(features)
       return tfds.core.DatasetInfo(builder=self, features=features)
@@ -42,7 +43,8 @@ def tfds_folder(tmp_path_factory):
     def _generate_examples(self, first, end):
       for i in range(first, end):
         text = f"number {i}" if i != 4 else ""
-        yield f"{i}", {"image": io.BytesIO(image(i)), "text": text, "label": i % 2}
+        tags = ["red", "\xe9"][: i % 3]
+        yield f"{i}", {"image": io.BytesIO(image(i)), "text": text, "label": i % 2, "tags": tags}
 
   folder = tmp_path_factory.mktemp("tfds")
   PairsForTest(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -66,6 +68,7 @@ def test_tfds(tfds_folder):
   found = usable(source)
   assert found == {
     f"number {i}": {"image": image(i), "caption": f"number {i}", "label": i % 2}
+    | ({"tags": ["red", "\xe9"][: i % 3]} if i % 3 else {})
     for i in (0, 1, 2, 3, 5, 6)
   }
   test = sources.open_source("tfds", str(tfds_folder), "test")
@@ -84,7 +87,7 @@ def test_tfds_says_what_is_missing(tfds_folder):
     sources.open_source("tfds", str(tfds_folder), "nope")
   with pytest.raises(ValueError, match="cannot open 'none_such'.*not found.*\n.*prepared"):
     sources.open_source("tfds", "none_such", "train")
-  with pytest.raises(ValueError, match="no caption: looked for 'alt', found (image|text|label), "):
+  with pytest.raises(ValueError, match="looked for 'alt', found (image|text|label|tags), "):
     sources.open_source("tfds", str(tfds_folder), "train", common.Keys(caption_key="alt"))
 
 
@@ -117,6 +120,14 @@ def test_hugging_face_on_disk(tmp_path):
     sources.open_source("hugging_face", str(tmp_path / "two"), "val")
   with pytest.raises(ValueError, match="save_to_disk wrote; .*data.source='parquet'"):
     sources.open_source("hugging_face", str(tmp_path), "train")
+
+
+def test_tags_of_bytes_are_texts():
+  rows = [{"image": image(0), "text": b"t", "tags": [b"red", "\xe9".encode(), b"k\xe4se", "x"]}]
+  source = prepared.Prepared(
+    rows, name="x", fields=["image", "text", "tags"], classes={}, parts=[], keys=common.USUAL
+  )
+  assert source[0]["tags"] == ["red", "\xe9", "k\ufffdse", "x"]
 
 
 def test_what_has_no_class_is_a_damaged_record():

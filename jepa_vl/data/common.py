@@ -271,7 +271,8 @@ def class_name(names, number):
 def make_record(image, caption, fields):
   """The record of encoded bytes and a caption, with what else `fields` has of use.
 
-  That is whole numbers and texts (labels, concepts) and `tags`, if they are a list of texts.
+  That is whole numbers and texts (labels, concepts) and `tags`, if they are a list of texts (as
+  bytes of UTF-8, too).
   """
   if not isinstance(image, bytes) or not image:
     raise DamagedRecord("the image is no bytes" if image else "the image is empty", "no_image")
@@ -279,8 +280,8 @@ def make_record(image, caption, fields):
   record.pop("captions", None)  # of a record, a list (sources.py); whoever asked for it has it
   tags = fields.get("tags")
   record.pop("tags", None)
-  if isinstance(tags, list) and tags and all(isinstance(t, str) for t in tags):
-    record["tags"] = tags
+  if isinstance(tags, list) and tags and all(isinstance(t, (str, bytes)) for t in tags):
+    record["tags"] = [t if isinstance(t, str) else t.decode("utf-8", "replace") for t in tags]
   return record | {"image": image, "caption": check_caption(caption)}
 
 
