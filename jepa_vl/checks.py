@@ -3,7 +3,7 @@
 import logging
 import math
 
-from jepa_vl import sharding
+from jepa_vl import checkpoint, sharding
 from jepa_vl.data import common, transforms
 from jepa_vl.model.vit import kept_patches
 
@@ -232,8 +232,16 @@ def flat(tree, prefix=""):
   return items
 
 
-def resume(meta, run, fixed_keys=FIXED_KEYS):
+def evaluation(meta, run):
+  """As `resume`, where the variables alone are read and nothing is trained."""
+  free = ("model.statistics", "text.readout", "objective.name", "optim.name", "data.source")
+  resume(meta, run, [k for k in FIXED_KEYS if k not in free], parts=checkpoint.VARIABLES)
+
+
+def resume(meta, run, fixed_keys=FIXED_KEYS, parts=("",)):
   """Refuses a checkpoint of another architecture or data set; says what else has changed.
+
+  parts: what the names of the arrays that are read begin with.
 
   Raises:
     ValueError: naming each difference.
@@ -245,7 +253,8 @@ def resume(meta, run, fixed_keys=FIXED_KEYS):
   for what in ("data_identity", "tokenizer_identity"):
     if meta[what] != run.meta[what] and run.meta[what]:
       refused.append(f"{what.replace('_', ' ')}: {meta[what]} there, {run.meta[what]} here")
-  refused += _different_arrays(meta["arrays"], run.meta["arrays"]) if not refused else []
+  if not refused:
+    refused = _different_arrays(meta["arrays"], run.meta["arrays"], parts)
   if refused:
     raise ValueError(
       "the checkpoint is of another run:\n  " + "\n  ".join(refused) + "\n"
@@ -264,7 +273,7 @@ def resume(meta, run, fixed_keys=FIXED_KEYS):
     log.warning("%s has changed: from here on the sample order is another", key)
 
 
-def _different_arrays(there, here):
+def _different_arrays(there, here, parts):
   # What the keys above do not explain, such as another version of an optimizer.
-  names = [k for k in there | here if there.get(k) != here.get(k)]
+  names = [k for k in there | here if k.startswith(parts) and there.get(k) != here.get(k)]
   return [f"array {k}: {there.get(k)} there, {here.get(k)} here" for k in names[:10]]

@@ -411,8 +411,6 @@ def read_variables(run, path):
   if not found:
     own = state_lib.init_variables(run.model, run.mesh, run.config.seed)
     return weights_of(run, path, own), 0
-  free = ("model.statistics", "text.readout", "objective.name", "data.source")
-  fixed = [k for k in checks.FIXED_KEYS if k not in free]
-  check = lambda meta: checks.resume(meta, run, fixed)
+  check = lambda meta: checks.evaluation(meta, run)
   variables = checkpoint.read(found, run.abstract_state.variables, check)
   return variables, int(os.path.basename(found))

@@ -128,6 +128,24 @@ def test_a_resume_refuses_what_is_fixed_and_says_what_changed(config, caplog, mo
       checks.resume(other, run)
 
 
+def test_an_evaluation_is_not_refused_for_what_it_does_not_read(config):
+  """Training's own arrays: the optimizer's, and an online probe's."""
+  run = build_lib.build(config, training=False)
+  trained = config.copy_and_resolve_references()
+  trained.update_from_flattened_dict(
+    {"probe.label": "category", "probe.classes": 2, "optim.mu_dtype": "bfloat16"}
+  )
+  for name in ("adamw", "muon"):
+    trained.optim.name = name
+    there = build_lib.build(trained, training=False).meta
+    checks.evaluation(there, run)
+    with pytest.raises(ValueError, match="array opt/|optim.name: muon there"):
+      checks.resume(there, run)
+  there["arrays"]["params/text/more"] = "float32 (3,)"
+  with pytest.raises(ValueError, match=r"array params/text/more: float32 \(3,\) there, None here"):
+    checks.evaluation(there, run)
+
+
 @pytest.mark.parametrize("key, words", [
   ("retrieval/val/i2t/avg/R@10", ["eval_every"]),
   ("retrieval/A/i2t/avg/R@10", ["evals.retrieval.splits", "'A'", "val"]),
