@@ -95,13 +95,19 @@ def keep_best(config):
 
 
 def batch(config, mesh):
-  """Raises ValueError if devices, micro-batches or SIGReg groups do not divide the batch."""
+  """Raises ValueError if devices, micro-batches or SIGReg groups do not go with the batch."""
   accumulate = config.accumulate or 1  # what is left to the memory must do as one, too
   micro, rest = divmod(config.batch_size, accumulate)
   if rest:
     raise ValueError(
       f"accumulate={accumulate} does not divide batch_size={config.batch_size}; choose a "
       "divisor"
+    )
+  if micro < 2:
+    raise ValueError(
+      f"batch_size={config.batch_size} / accumulate={accumulate} leaves one row, from which "
+      "BatchNorm takes all that it has: nothing would be learnt. Use at least 2 rows, and far more "
+      "for SIGReg: raise batch_size or lower accumulate"
     )
   shards = sharding.batch_shards(mesh)
   if micro % shards:

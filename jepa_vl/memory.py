@@ -192,5 +192,5 @@ def micro_batches(config, mesh):
     unit *= config.data.packing_group
   if config.objective.name.startswith("levljepa"):
     unit = math.lcm(unit, config.objective.group_size or 1)
-  B = config.batch_size
-  return [a for a in range(1, B + 1) if B % a == 0 and B // a % unit == 0] or [1]
+  B = config.batch_size  # of which BatchNorm needs two rows at a time
+  return [a for a in range(1, B // 2 + 1) if B % a == 0 and B // a % unit == 0] or [1]

@@ -87,6 +87,14 @@ def test_what_a_step_takes_is_counted_by_the_patches_that_it_sees(config):
   assert dropped.memory()["optimizer"] == whole.memory()["optimizer"]
 
 
+def test_a_micro_batch_of_one_row_is_refused(config, mesh):
+  """BatchNorm makes zeros of it."""
+  config.batch_size = config.accumulate = 16
+  config.objective.group_size = 0
+  with pytest.raises(ValueError, match="batch_size=16 / accumulate=16 leaves one row.*at least 2"):
+    checks.batch(config, mesh)
+
+
 def test_a_first_moment_in_bfloat16_is_in_the_memory_that_is_told(config):
   whole = build_lib.build(config).memory()
   config.optim.mu_dtype = "bfloat16"

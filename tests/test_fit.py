@@ -107,6 +107,9 @@ def test_micro_batches_keep_groups_devices_and_packing_whole(config):
   assert memory.micro_batches(config, mesh) == [1, 2, 3, 4, 6, 8, 12, 24]
   config.data.text_packing, config.data.packing_group = True, 3
   assert memory.micro_batches(config, mesh) == [1, 2, 4, 8]
+  one = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+  config.batch_size, config.data.text_packing = 8, False
+  assert memory.micro_batches(config, one) == [1, 2, 4]  # BatchNorm needs two rows
   config.accumulate = 5
   assert memory.micro_batches(config, mesh) == [5]
 
