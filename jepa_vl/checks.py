@@ -90,8 +90,16 @@ def keep_best(config):
       f"keep_best={config.keep_best!r}: evals.{name}.splits has no {rest[0]!r}, only "
       f"{', '.join(splits)}"
     )
-  if not config.eval_every:
-    raise ValueError("keep_best needs evaluations along the way: set eval_every above 0")
+  if config.evals[name].get("when", "always") == "end":
+    raise ValueError(
+      f"keep_best={config.keep_best!r} needs evaluations along the way, and evals.{name}.when is "
+      "'end': set it to 'always', or name another evaluation"
+    )
+  if not 0 < config.eval_every < config.steps:  # the last step's comes after its save
+    raise ValueError(
+      f"keep_best needs evaluations along the way, and eval_every={config.eval_every} gives none "
+      f"before steps={config.steps}: set eval_every from 1 to {config.steps - 1}, or keep_best=''"
+    )
 
 
 def batch(config, mesh):

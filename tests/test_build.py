@@ -166,5 +166,11 @@ def test_a_figure_to_keep_the_best_by_must_come_from_the_run(config, key, words)
   with pytest.raises(ValueError, match="keep_best") as e:
     checks.keep_best(config)
   assert all(word in str(e.value) for word in words)
-  config.keep_best, config.eval_every = "-retrieval/val/i2t/avg/R@10", 5
+  config.keep_best, config.eval_every = "-retrieval/val/i2t/avg/R@10", config.steps - 1
   checks.keep_best(config)
+  config.eval_every = config.steps  # after which nothing is saved
+  with pytest.raises(ValueError, match="eval_every=4 gives none before steps=4: set eval_every"):
+    checks.keep_best(config)
+  config.eval_every, config.evals.retrieval.when = 1, "end"
+  with pytest.raises(ValueError, match="evals.retrieval.when is 'end': set it to 'always'"):
+    checks.keep_best(config)
