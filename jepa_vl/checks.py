@@ -126,7 +126,7 @@ def batch(config, mesh):
       f"{max(config.batch_size // unit, 1) * unit}"
     )
   group = config.objective.group_size
-  if group and micro % group:
+  if config.objective.name.startswith("levljepa") and group and micro % group:
     raise ValueError(
       f"objective.group_size={group} does not divide the {micro} rows that SIGReg sees "
       f"(batch_size={config.batch_size} / accumulate={accumulate}); choose a divisor, or 0 "

@@ -95,6 +95,17 @@ def test_a_micro_batch_of_one_row_is_refused(config, mesh):
     checks.batch(config, mesh)
 
 
+def test_only_sigreg_needs_whole_groups(config, mesh):
+  config.objective.group_size = 6
+  for name in ("levljepa", "levljepa_plus"):
+    config.objective.name = name
+    with pytest.raises(ValueError, match="objective.group_size=6 does not divide the 16 rows"):
+      checks.batch(config, mesh)
+  for name in ("clip", "siglip"):
+    config.objective.name = name
+    checks.batch(config, mesh)
+
+
 def test_a_first_moment_in_bfloat16_is_in_the_memory_that_is_told(config):
   whole = build_lib.build(config).memory()
   config.optim.mu_dtype = "bfloat16"
