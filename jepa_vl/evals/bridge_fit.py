@@ -155,6 +155,16 @@ def start(init, tx, mesh, seed):
   return jax.jit(whole, out_shardings=sharding.shardings_of(shapes, mesh))(jax.random.key(seed))
 
 
+def fill(batch, shards):
+  """The batch with further rows, up to a multiple of `shards`, of which no answer is counted."""
+  more = -len(batch["answer_mask"]) % shards
+  if not more:
+    return batch
+  filled = {k: np.concatenate([v, np.repeat(v[:1], more, axis=0)]) for k, v in batch.items()}
+  filled["answer_mask"][-more:] = False
+  return filled
+
+
 def put(batch, mesh):
   """Host arrays that every process has whole -> arrays split over the mesh's batch axes."""
   split = NamedSharding(mesh, P(sharding.BATCH))
@@ -172,11 +182,11 @@ def train(step, state, frozen, take, how, mesh, what, folder=""):
   saved = Checkpoints(folder, keep=1) if folder and jax.process_count() == 1 else None
   found = saved.restore(_abstract(state), lambda meta: None) if saved else None
   first, state = found or (0, state)
-  losses, last_saved = [], time.monotonic()
+  losses, last_saved, shards = [], time.monotonic(), sharding.batch_shards(mesh)
   silent = True if jax.process_index() or how.steps - first < 200 else None
   with jax.set_mesh(mesh):
     for k in tqdm.trange(first, how.steps, desc=what, disable=silent, leave=False):
-      state, value = step(state, frozen, put(take(k), mesh))
+      state, value = step(state, frozen, put(fill(take(k), shards), mesh))
       losses.append(value)
       if len(losses) >= _IN_FLIGHT:
         jax.block_until_ready(losses[-_IN_FLIGHT])
