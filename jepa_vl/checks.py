@@ -52,8 +52,14 @@ MINIMUM = {
   "objective.chunk_size": 0,
   "objective.num_slices": 1,
   "objective.knots": 2,
+  "objective.t_max": 1e-6,
   "objective.group_size": 0,
+  "objective.scale_rows": 1,
+  "optim.lr": 0.0,
   "optim.warmup": 0,
+  "optim.weight_decay": 0.0,
+  "optim.eps": 0.0,
+  "optim.clip": 0.0,
   "probe.classes": 0,
   "probe.lr": 0.0,
   "data.workers": 0,
@@ -63,15 +69,40 @@ MINIMUM = {
   "data.local_size": 1,
   "data.packing_group": 1,
   "data.packing_tokens": 1,
+  "data.jitter": 0.0,
+  "data.eval_resize": 1.0,
 }
+
+# Shares and probabilities, alone or several: from 0 to 1.
+SHARES = (
+  "model.predictor_dropout",
+  "optim.warmup_from",
+  "optim.final",
+  "optim.decay",
+  "optim.b1",
+  "optim.b2",
+  "data.max_bad_fraction",
+  "data.crop_scale",
+  "data.local_scale",
+  "data.flip",
+  "data.jitter_prob",
+  "data.grey_prob",
+  "data.blur_prob",
+  "data.solarise_prob",
+  "data.tag_prob",
+)
 
 
 def numbers(config):
-  """Raises ValueError naming a number below its minimum; the rest is checked where it is used."""
+  """Raises ValueError naming a number out of its bounds; the rest is checked where it is used."""
   values = flat(config.to_dict())
-  for key, least in MINIMUM.items():
-    if values[key] < least:
+  each = lambda key: values[key] if isinstance(values[key], (tuple, list)) else (values[key],)
+  for key, least in MINIMUM.items():  # `not`, for NaN is below nothing
+    if not all(x >= least for x in each(key)):
       raise ValueError(f"{key} must be at least {least}, got {values[key]}")
+  for key in SHARES:
+    if not all(0 <= x <= 1 for x in each(key)):
+      raise ValueError(f"{key} must be from 0 to 1, got {values[key]}")
 
 
 def keep_best(config):
@@ -149,9 +180,13 @@ def objective(config):
       f"objective.name={name!r} and data.augment={data.augment!r} do not go "
       "together: 'levljepa_plus' and 'dino' need each other (configs/vit_b_plus.py has both)"
     )
-  for key, count in (("blur_prob", 3), ("solarise_prob", 3), ("jitter", 4)):
+  counts = {"blur_prob": 3, "solarise_prob": 3, "jitter": 4, "crop_scale": 2, "local_scale": 2}
+  for key, count in counts.items():
     if len(data[key]) != count:
       raise ValueError(f"data.{key} must have {count} values, got {tuple(data[key])}")
+  for key in ("crop_scale", "local_scale"):
+    if data[key][0] > data[key][1]:
+      raise ValueError(f"data.{key} must be the least and the most, got {tuple(data[key])}")
   if plus and data.local_views and data.local_size % patch:
     raise ValueError(
       f"model.patch_size={patch} does not divide data.local_size={data.local_size}; use a multiple "

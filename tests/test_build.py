@@ -1,6 +1,8 @@
 """What a config determines, and which checkpoints fit it."""
 
 import copy
+import math
+import re
 
 import pytest
 from ml_collections import ConfigDict
@@ -18,16 +20,29 @@ def config(config):
 @pytest.mark.parametrize(("key", "value"), [
   ("steps", 0), ("batch_size", 0), ("accumulate", -1), ("log_every", 0), ("seed", -1),
   ("model.patch_size", 0), ("text.length", 0), ("objective.knots", 1), ("objective.num_slices", 0),
+  ("objective.scale_rows", 0), ("objective.t_max", -3.0), ("optim.clip", -1.0), ("optim.lr", -1e-3),
+  ("optim.lr", math.nan), ("optim.weight_decay", -0.1), ("data.eval_resize", 0.5),
 ])  # fmt: skip
 def test_a_number_below_its_minimum_is_named(config, key, value):
   config.update_from_flattened_dict({key: value})
-  with pytest.raises(ValueError, match=rf"^{key} must be at least \d, got {value}$"):
+  with pytest.raises(ValueError, match=rf"^{key} must be at least [\de.-]+, got {value}$"):
     build_lib.build(config)
 
 
-def test_every_minimum_is_of_a_key_that_exists(config):
+@pytest.mark.parametrize(("key", "value"), [
+  ("data.flip", 50.0), ("data.tag_prob", -0.1), ("data.crop_scale", (80.0, 100.0)),
+  ("data.blur_prob", (1.0, 0.1, 5.0)), ("data.max_bad_fraction", 5.0), ("optim.decay", 1.5),
+])  # fmt: skip
+def test_a_share_out_of_bounds_is_named(config, key, value):
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=re.escape(f"{key} must be from 0 to 1, got {value}")):
+    build_lib.build(config)
+
+
+def test_every_bound_is_of_a_key_that_exists_and_allows_the_default(config):
   values = checks.flat(config.to_dict())
-  assert all(values[key] >= least for key, least in checks.MINIMUM.items())
+  assert checks.MINIMUM.keys() | checks.SHARES <= values.keys()
+  checks.numbers(config)
 
 
 def test_weights_that_leave_none_for_the_alignment_are_refused(config):
@@ -114,9 +129,14 @@ def test_a_first_moment_in_bfloat16_is_in_the_memory_that_is_told(config):
   assert halved["total"] - whole["total"] == halved["optimizer"] - whole["optimizer"]
 
 
-def test_an_augmentation_of_the_wrong_length_is_named(config):
-  config.data.blur_prob = (1.0, 0.1)
-  with pytest.raises(ValueError, match="data.blur_prob must have 3 values"):
+@pytest.mark.parametrize(("key", "value", "words"), [
+  ("blur_prob", (1.0, 0.1), "must have 3 values"),
+  ("crop_scale", (0.5,), "must have 2 values"),
+  ("local_scale", (1.0, 0.5), "must be the least and the most"),
+])  # fmt: skip
+def test_an_augmentation_of_the_wrong_values_is_named(config, key, value, words):
+  config.data[key] = value
+  with pytest.raises(ValueError, match=f"data.{key} {words}"):
     build_lib.build(config)
 
 
