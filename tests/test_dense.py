@@ -218,6 +218,16 @@ def test_the_rate_is_chosen_on_held_out_train_images(folder):
     assert result["sizes"]["train"]["lr"] == 0.3 and result["figures"]["test/miou"] > 0.9
 
 
+@pytest.mark.parametrize("evaluate", [segment, measure_depth, lambda root, epochs: cluster(root)])
+def test_a_stretch_of_which_no_image_can_be_read_is_left_out(tmp_path, monkeypatch, evaluate):
+  for split in ("train", "test"):
+    write(tmp_path, split, 9)
+  monkeypatch.setattr(dense, "_AT_ONCE", 4)
+  (tmp_path / "images" / "test" / "008.png").write_bytes(b"damaged")
+  found = evaluate(tmp_path, epochs=1)
+  assert found["sizes"]["test"] == {"images": 8, "left_out": 1}
+
+
 def test_shapes_has_both_maps():
   source = sources.open_source("shapes", "side=32,size=4", "iid")
   _, images, found = maps.read(source, range(4), "segmentation")

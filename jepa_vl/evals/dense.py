@@ -72,6 +72,8 @@ class Dense:
 
     Yields (H, W, C) float32 per image; overlapping windows are averaged.
     """
+    if not images:  # a stretch of which none can be read
+      return
     if self._mode == "resize":
       for out in head(self.squares(images)):
         yield _upsample(out, (self.size, self.size))
