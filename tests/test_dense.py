@@ -157,6 +157,19 @@ def test_sliding_averages_what_windows_say(folder):
     np.testing.assert_allclose(found[3, x], np.mean(seen, axis=0), rtol=1e-4)
 
 
+def test_windows_touch_where_no_size_and_stride_are_given(folder):
+  where = ("segmentation_folder", str(folder), "test")
+  image = np.zeros((SIDE, 4 * SIDE, 3), np.uint8)
+  for size in (0, SIDE):
+    data = dense.Dense(
+      make_encode(mesh_of(1)), where, "segmentation", size=size, mode="slide", stride=0
+    )
+    counts = []
+    head = lambda x, counts=counts: counts.append(len(x)) or x.astype(np.float32)
+    list(data.outputs([image], head))
+    assert counts == [4]
+
+
 @pytest.mark.parametrize("channels", [1, 7, 171])
 def test_outputs_are_upsampled_as_in_training(channels):
   x = np.random.default_rng(0).normal(size=(5, 6, channels)).astype(np.float32)

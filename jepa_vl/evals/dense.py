@@ -25,13 +25,15 @@ class Dense:
 
   size: pixels. mode "resize": the image becomes a square of that side; "slide": its shorter side
   does, and windows of that side, `stride` pixels apart, cover it; features are those of windows.
+  0 is the model's size, and a stride of 0 has windows that touch.
   """
 
   def __init__(self, encode, where, field, *, size, mode, stride):
     if mode not in MODES:
       raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     self._encode, self._field = encode, field
-    self.size, self._mode, self._stride = size or encode.image_size, mode, stride or size
+    self.size, self._mode = size or encode.image_size, mode
+    self._stride = stride or self.size
     self.source = encode.source(*where)
     self.name = where[-1]
     self._parts = {}
