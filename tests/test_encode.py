@@ -142,6 +142,13 @@ def test_each_of_several_captions_is_a_candidate():
   assert relevant.toarray().astype(int).tolist() == [[1, 1, 1, 0], [0, 1, 1, 1], [0] * 4]
 
 
+@pytest.mark.parametrize("other", ["x|y", "", 3, [1, 2], {"a": "b"}])
+def test_a_field_named_captions_that_is_no_list_of_texts_is_no_caption(other):
+  records = [{"caption": "a", "captions": other}, {"caption": "b", "captions": other}]
+  captions, relevant = encode_lib.match_captions(records, np.arange(2, dtype=np.uint8)[:, None])
+  assert captions == ["a", "b"] and (relevant.toarray() == np.eye(2)).all()
+
+
 def test_only_bad_records_is_an_error(encode, tmp_path):
   write(tmp_path / "x", [{"image": b"broken", "caption": "x"}] * 3)
   with pytest.raises(ValueError, match="none of the 3 records"):

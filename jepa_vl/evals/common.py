@@ -79,6 +79,13 @@ def labels(split, field):
   return np.array(found)
 
 
+def several_captions(record):
+  """The record's `captions`, [] where it has none; a text of that name is some other field."""
+  found = record.get("captions")
+  texts = isinstance(found, (list, tuple)) and all(isinstance(text, str) for text in found)
+  return list(found) if texts else []
+
+
 def similarity(images, texts, reading):
   """Mean cosine of a reading's pairs. dicts of (N, D) and (C, D) arrays -> (N, C)."""
   pairs = READINGS[reading]

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jepa_vl import checkpoint, distributed, sharding
 from jepa_vl.data import pipeline, sources, transforms
+from jepa_vl.evals import common
 
 log = logging.getLogger(__name__)
 
@@ -356,13 +357,12 @@ def match_captions(records, digests):
   """
   captions, columns, names = [], {}, []
   for record in records:
-    if record.get("captions"):
-      texts = named = list(record["captions"])
-    else:
+    texts = named = several = common.several_captions(record)
+    if not several:
       texts = [transforms.full_caption(record)] if "caption" in record else []
       named = [record["concept"]] if texts and "concept" in record else texts
     for name, text in zip(named, texts, strict=True):
-      if name not in columns or record.get("captions"):
+      if name not in columns or several:
         columns.setdefault(name, []).append(len(captions))
         captions.append(text)
     names.append(named)

@@ -54,7 +54,7 @@ def _parts(data, folds):
   """(images, captions, sparse relevant) of each fold, or of the whole split."""
   if not folds:
     return [(slice(None), slice(None), data.relevant)]
-  counts = [len(record.get("captions", ())) for record in data.records]
+  counts = [len(common.several_captions(record)) for record in data.records]
   if not all(counts) or folds > len(data):
     raise ValueError(
       f"folds={folds} is for at least as many images with `captions` of their own (COCO, "
