@@ -1,5 +1,7 @@
 """Splits and features are the same kept, streamed, from the cache, and on every mesh."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -147,6 +149,25 @@ def test_a_field_named_captions_that_is_no_list_of_texts_is_no_caption(other):
   records = [{"caption": "a", "captions": other}, {"caption": "b", "captions": other}]
   captions, relevant = encode_lib.match_captions(records, np.arange(2, dtype=np.uint8)[:, None])
   assert captions == ["a", "b"] and (relevant.toarray() == np.eye(2)).all()
+
+
+def test_texts_that_are_no_unicode_go_through_the_cache(variables, mesh, tmp_path):
+  """Half a surrogate pair in a JSON, and a file name that is not UTF-8."""
+  (image,) = images_of(1)
+  for folder in ("pairs", "classes/cat"):
+    (tmp_path / folder).mkdir(parents=True)
+  (tmp_path / "pairs" / "x.png").write_bytes(image)
+  (tmp_path / "pairs" / "x.json").write_text('{"caption": "sun", "title": "sun \\ud83d"}')
+  (tmp_path / "classes" / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(image)
+  for source, path, field, text in (
+    ("folder", "pairs", "title", "sun \ud83d"),
+    ("class_folder", "classes", "file_name", os.fsdecode(b"caf\xe9.png")),
+  ):
+    for _ in ("read", "from the cache"):
+      encode = make_encode(mesh, cache=str(tmp_path / "cache"))
+      encode.features(variables, source, str(tmp_path / path), "")
+      (found,) = encode.split(source, str(tmp_path / path), "").records
+      assert found[field] == text
 
 
 def test_only_bad_records_is_an_error(encode, tmp_path):

@@ -117,6 +117,14 @@ def test_a_source_that_tells_nothing_is_named(mesh, monkeypatch):
     vlm.run(make_encode(mesh), make_variables(), mesh, **KEYS)
 
 
+def test_half_a_surrogate_pair_in_a_question_is_read_as_a_question_mark(monkeypatch):
+  asked = Plates.asked
+  odd = {"question": "what \ud83d ?", "answers": ["sun \ud83d", "sun"]}
+  monkeypatch.setattr(Plates, "asked", lambda self, index: asked(self, index) | odd)
+  found = vlm._asked(Plates("test", 1), 0)
+  assert (found["question"], found["answers"]) == ("what ? ?", ["sun ?", "sun"])
+
+
 def test_the_report_shows_questions(found):
   (table,) = found[0]["details"]
   assert len(table["rows"]) == 24 and len(table["columns"]) == len(table["rows"][0])

@@ -186,7 +186,7 @@ class Encode:
     if saved is None:
       found, features = self._read_all(key, source, variables)
     else:
-      records = msgpack.unpackb(saved.pop("records").tobytes())
+      records = msgpack.unpackb(saved.pop("records").tobytes(), unicode_errors=_UNICODE)
       found, features = {**saved, "records": records, "images": None}, None
     captions, relevant = match_captions(found["records"], found["digests"])
     log.info(
@@ -235,7 +235,8 @@ class Encode:
       raise ValueError(f"none of the {len(source)} records of the evaluation data can be read")
     join = lambda name: np.concatenate([p[name] for _, p in parts if name in p])
     found = {name: join(name) for name in ("indices", "left_out", "digests", "thumbnails")}
-    raw = np.frombuffer(msgpack.packb(records, default=_plain), np.uint8)
+    raw = msgpack.packb(records, default=_plain, unicode_errors=_UNICODE)
+    raw = np.frombuffer(raw, np.uint8)
     self._save({**found, "records": raw}, "split", source.identity)
     found |= {"records": records, "images": join("images") if keep else None}
     self._bytes += found["images"].nbytes if keep else 0
@@ -300,6 +301,7 @@ class Encode:
 
 
 VERSION = 1  # of what the cache's files mean
+_UNICODE = "surrogatepass"  # JSON's half pairs, and bytes of file names that are not UTF-8
 
 
 def _image_features(out):

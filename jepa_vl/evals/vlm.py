@@ -152,7 +152,10 @@ def _asked(source, index):
     record = source.asked(index) if hasattr(source, "asked") else source[index]
   except DamagedRecord:
     return None
-  return {k: v for k, v in record.items() if not isinstance(v, bytes)}
+  # Half a surrogate pair, which JSON can carry, is no text to a tokenizer: "?" in its place.
+  text = lambda value: value.encode("utf-8", "replace").decode()
+  texts = {"question": text(record["question"]), "answers": [*map(text, record["answers"])]}
+  return {k: v for k, v in record.items() if not isinstance(v, bytes)} | texts
 
 
 def _name(record, index):
