@@ -1,5 +1,6 @@
 """Splits and features are the same kept, streamed, from the cache, and on every mesh."""
 
+import json
 import os
 
 import jax
@@ -149,6 +150,55 @@ def test_a_field_named_captions_that_is_no_list_of_texts_is_no_caption(other):
   records = [{"caption": "a", "captions": other}, {"caption": "b", "captions": other}]
   captions, relevant = encode_lib.match_captions(records, np.arange(2, dtype=np.uint8)[:, None])
   assert captions == ["a", "b"] and (relevant.toarray() == np.eye(2)).all()
+
+
+def test_the_cache_does_not_give_what_files_held_before(variables, mesh, tmp_path):
+  """Not of the eight records either that the source's identity looks at."""
+  folder, (image, other) = tmp_path / "pairs", images_of(2)
+  folder.mkdir()
+  for i in range(20):
+    (folder / f"{i:02d}.png").write_bytes(image)
+    (folder / f"{i:02d}.txt").write_text(f"number {i}")
+  where = ("folder", str(folder), "")
+  read = lambda encode: (encode.features(variables, *where), encode.split(*where))
+  before, _ = read(make_encode(mesh, cache=str(tmp_path / "cache")))
+  (folder / "01.txt").write_text("corrected")
+  (folder / "03.png").write_bytes(other)
+  features, split = read(make_encode(mesh, cache=str(tmp_path / "cache")))
+  assert split.captions[1] == "corrected"
+  changed = np.any(features["z_img"] != before["z_img"], axis=1)
+  assert np.flatnonzero(changed).tolist() == [3]
+
+
+@pytest.mark.parametrize("source", ["class_folder", "segmentation_folder", "coco_captions"])
+def test_the_cache_knows_every_file_of_a_source(mesh, tmp_path, source):
+  (image,) = images_of(1)
+  files = {
+    "class_folder": ("cat/{}.png",),
+    "segmentation_folder": ("images/val/{}.png", "annotations/val/{}.png"),
+    "coco_captions": ("val/{}.png",),
+  }[source]
+  for name in files:
+    for i in range(20):
+      path = tmp_path / name.format(i)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(image)
+  rows = [{"id": i, "file_name": f"{i}.png"} for i in range(20)]
+  said = [{"image_id": i, "caption": "x"} for i in range(20)]
+  listed = tmp_path / "captions_val.json"
+  listed.write_text(json.dumps({"images": rows, "annotations": said}))
+  path = listed if source == "coco_captions" else tmp_path
+
+  def version():
+    encode = make_encode(mesh, cache=str(tmp_path / "cache"))
+    return encode.version(encode.source(source, str(path), "val"))
+
+  seen = {version(), version()}
+  assert len(seen) == 1
+  for name in files:
+    os.utime(tmp_path / name.format(13), (1, 1))
+    assert version() not in seen
+    seen.add(version())
 
 
 def test_texts_that_are_no_unicode_go_through_the_cache(variables, mesh, tmp_path):

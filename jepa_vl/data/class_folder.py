@@ -64,6 +64,11 @@ class ClassFolder:
     number, file = self._files[index]
     return os.path.join(self._root, self.classes[number], file)
 
+  @property
+  def paths(self):
+    """The files of all records."""
+    return map(self.where, range(len(self)))
+
   @functools.cached_property
   def identity(self):
     """Changes with the names of classes and files and a sample of what is in them."""

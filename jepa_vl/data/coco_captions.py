@@ -57,6 +57,11 @@ class CocoCaptions:
     """The JSON and the image of the record at `index`."""
     return f"{self._path}, {self._rows[index][0]}"
 
+  @property
+  def paths(self):
+    """The files of all records' images."""
+    return [os.path.join(self._folder, name) for name, _ in self._rows]
+
   @functools.cached_property
   def identity(self):
     """Changes with the images' names, the captions and a sample of the images."""

@@ -53,6 +53,11 @@ class Maps:
     """The image's file."""
     return self._pairs[index][0]
 
+  @property
+  def paths(self):
+    """The files of all records."""
+    return [path for pair in self._pairs for path in pair]
+
   @functools.cached_property
   def identity(self):
     """Changes with the files' names and a sample of what is in them."""
@@ -185,6 +190,11 @@ class NYUv2:
   def where(self, index):
     """The file and the image's number in it, counted from 1."""
     return f"{self._path}, image {self._rows[index] + 1}"
+
+  @property
+  def paths(self):
+    """The file of all records."""
+    return [self._path]
 
   @functools.cached_property
   def identity(self):

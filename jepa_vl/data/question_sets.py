@@ -54,6 +54,11 @@ class Questions:
     """The file and the question's id."""
     return f"{self._path}, question {self._rows[index][0]}"
 
+  @property
+  def paths(self):
+    """The files of all records' images."""
+    return [os.path.join(self._folder, name) for name in dict.fromkeys(r[-1] for r in self._rows)]
+
   @functools.cached_property
   def identity(self):
     """Changes with the questions, their answers and a sample of the images."""

@@ -246,6 +246,12 @@ class Folder:
     """The files of the record at `index`, without their extensions."""
     return os.path.join(self._root, self._samples[index][0])
 
+  @property
+  def paths(self):
+    """The files of all records."""
+    at = lambda key, kind: os.path.join(self._root, f"{key}.{kind}")
+    return [at(key, kind) for key, kinds in self._samples for kind in kinds.values()]
+
   @functools.cached_property
   def identity(self):
     """Changes with the files' names and a sample of what is in them."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import multiprocessing.pool
 import os
 import zipfile
 from collections.abc import Callable
@@ -108,6 +109,19 @@ class Encode:
     key = (source, path, split)
     return self.once(("source", *key), lambda: sources.open_source(*key, self.keys))
 
+  def version(self, source):
+    """What the cache knows a source by: its identity, and the sizes and times of its files.
+
+    Of the records the identity has but a sample.
+    """
+    if not self.cache:
+      return source.identity
+    # The first process's: copies on other hosts have other times, and all have to agree.
+    look = lambda: None if jax.process_index() else _times(source)
+    return self.once(
+      ("version", source), lambda: (source.identity, distributed.exchange(look())[0])
+    )
+
   def is_small(self, source):
     """Whether a source's images can be kept, so that reading all of it is cheap."""
     return len(source) * self.image_size**2 * 3 <= KEEP_BYTES
@@ -182,7 +196,7 @@ class Encode:
   def _open_split(self, key, variables=None):
     """A Split, and the features of its images where `variables` are given."""
     source = self.source(*key)
-    saved = None if variables is not None else self._load("split", source.identity)
+    saved = None if variables is not None else self._load("split", self.version(source))
     if saved is None:
       found, features = self._read_all(key, source, variables)
     else:
@@ -203,9 +217,9 @@ class Encode:
     return split, features
 
   def _open_features(self, variables, key):
-    identity = self.source(*key).identity
+    version = self.version(self.source(*key))
     which = checkpoint.fingerprint(variables) if self.cache else None
-    found = self._load("features", identity, which)
+    found = self._load("features", version, which)
     if found is None:
       split = self._kept.get(("split", *key))
       if split is not None and split._kept is not None:
@@ -215,7 +229,7 @@ class Encode:
         self.once(("split", *key), lambda: split)
       if split.captions:
         found |= self.texts(variables, split.captions)
-      self._save(found, "features", identity, which)
+      self._save(found, "features", version, which)
     return found
 
   def _read_all(self, key, source, variables):
@@ -237,7 +251,7 @@ class Encode:
     found = {name: join(name) for name in ("indices", "left_out", "digests", "thumbnails")}
     raw = msgpack.packb(records, default=_plain, unicode_errors=_UNICODE)
     raw = np.frombuffer(raw, np.uint8)
-    self._save({**found, "records": raw}, "split", source.identity)
+    self._save({**found, "records": raw}, "split", self.version(source))
     found |= {"records": records, "images": join("images") if keep else None}
     self._bytes += found["images"].nbytes if keep else 0
     features = [p["features"] for _, p in parts if "features" in p]
@@ -270,17 +284,17 @@ class Encode:
       source, [int(i) for i in indices], image_size=self.image_size, resize_ratio=self.resize_ratio
     )
 
-  def _file(self, kind, identity, which):
-    what = (VERSION, kind, identity, self.image_size, self.resize_ratio, self.keys)
+  def _file(self, kind, version, which):
+    what = (VERSION, kind, version, self.image_size, self.resize_ratio, self.keys)
     if kind == "features":
       what += (which, self.model, self.tokenize(["a probe of the tokenizer"])[0].tolist())
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:20]
     return os.path.join(self.cache, f"{kind}-{name}.npz")
 
-  def _load(self, kind, identity, which=None):
+  def _load(self, kind, version, which=None):
     if not self.cache:
       return None
-    path, found = self._file(kind, identity, which), None
+    path, found = self._file(kind, version, which), None
     try:
       if os.path.exists(path):
         with np.load(path) as file:
@@ -290,11 +304,11 @@ class Encode:
     # All processes take it, or none: what is computed instead needs all.
     return found if all(distributed.exchange(found is not None)) else None
 
-  def _save(self, arrays, kind, identity, which=None):
+  def _save(self, arrays, kind, version, which=None):
     if not self.cache or jax.process_index():
       return
     os.makedirs(self.cache, exist_ok=True)
-    path = self._file(kind, identity, which)
+    path = self._file(kind, version, which)
     with open(f"{path}.part", "wb") as f:
       np.savez(f, **{k: v for k, v in arrays.items() if v is not None})
     os.replace(f"{path}.part", path)  # whole, or not there
@@ -302,6 +316,23 @@ class Encode:
 
 VERSION = 1  # of what the cache's files mean
 _UNICODE = "surrogatepass"  # JSON's half pairs, and bytes of file names that are not UTF-8
+
+
+def _times(source):
+  """A digest of the sizes and times of a source's files, the `paths` of those that have some."""
+
+  def of_file(path):
+    try:
+      found = os.stat(path)
+    except (OSError, ValueError):  # it lies in a bucket, or is gone
+      return None
+    return found.st_size, found.st_mtime_ns
+
+  digest = hashlib.sha256()
+  with multiprocessing.pool.ThreadPool(32) as pool:  # which wait for the disk, or the network
+    for found in pool.imap(of_file, getattr(source, "paths", ()), chunksize=256):
+      digest.update(repr(found).encode())
+  return digest.hexdigest()
 
 
 def _image_features(out):

@@ -102,7 +102,7 @@ def run(
   tests = {split: see((source, path, split), 0) for split in splits}
   ask = Ask(speaker, template, answer_tokens, hidden, how, mesh, train, tests)
   what = (template, answer_tokens, hidden, how)
-  fitted = (language, dtype, learn, train.source.identity, questions, what)
+  fitted = (language, dtype, learn, encode.version(train.source), questions, what)
   # Zeroed features are the same of every encoder.
   blind = encode.once(
     ("blind", train.shape, source, path, splits, *fitted),
@@ -193,7 +193,7 @@ def _speaker(encode, folder, dtype, template, train, answer_tokens, mesh, seed):
     raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
   if not folder:
     side = math.isqrt(train.shape[0])
-    what = ("language", train.source.identity, side, template, answer_tokens, seed)
+    what = ("language", encode.version(train.source), side, template, answer_tokens, seed)
     return scratch_language.train(
       *_told(train.source), template, mesh, side=side, answer_tokens=answer_tokens, seed=seed,
       folder=_folder(encode, what),
