@@ -111,7 +111,7 @@ def weights_of(run, spec, own):
   )  # fmt: skip
   variables = jax.tree.map(put, variables, own)
   loaded = sorted(set(variables["params"]) - set(left_alone))
-  for path in spec.split(","):
+  for path in interop.paths(spec):
     _check_origin(path, interop.describe(path), run, "text" in loaded)
   log.info("weights: %s of %s", ", ".join(loaded), spec)
   if left_alone:

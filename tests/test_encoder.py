@@ -358,6 +358,15 @@ def test_init_from_refuses_the_words_of_another_tokenizer(exported, tmp_path, ca
   assert "was trained with model.statistics=imagenet, not clip" in caplog.text
 
 
+def test_blanks_around_a_path_do_not_hide_where_its_weights_are_from(workdir, monkeypatch):
+  described = []
+  monkeypatch.setattr(train, "_check_origin", lambda path, found, *_: described.append(found))
+  config = small()
+  config.init_from = f" {workdir}"
+  start(config)
+  assert [found.step for found in described] == [2]
+
+
 def test_init_from_another_architecture_names_every_difference(workdir):
   config = small()
   config.init_from, config.model.embed_dim, config.model.hidden_dim = workdir, 8, 64

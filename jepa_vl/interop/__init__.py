@@ -20,7 +20,7 @@ from jepa_vl.interop import files, gpt2, levljepa, timm
 from jepa_vl.interop.variables import fit, merge, shapes
 from jepa_vl.workdir import is_address, resolve
 
-__all__ = ["Description", "describe", "fit", "read", "shapes"]
+__all__ = ["Description", "describe", "fit", "paths", "read", "shapes"]
 
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # also timm's folders
 
@@ -37,6 +37,13 @@ FORMS = (
 )
 
 
+def paths(spec):
+  """The paths that `spec` joins by commas; one that exists as it stands is itself."""
+  spec = os.path.expanduser(str(spec))
+  joined = [spec] if os.path.exists(spec) else spec.split(",")
+  return [os.path.expanduser(path.strip()) for path in joined]
+
+
 def read(spec):
   """Weight files -> {"params": {component: tree}, "batch_stats": {component: tree}}.
 
@@ -50,10 +57,8 @@ def read(spec):
     ValueError: a file cannot be read, is of none of these forms or does not fit its form (every
       name is listed), or two files hold the same component.
   """
-  spec = os.path.expanduser(str(spec))
   parts = {}
-  for path in [spec] if os.path.exists(spec) else spec.split(","):
-    path = os.path.expanduser(path.strip())
+  for path in paths(spec):
     found = checkpoint.find(path)
     if found:
       parts[found] = checkpoint.read(found, None, check=lambda meta: None)
@@ -92,8 +97,7 @@ def describe(path):
       meta["config"], int(os.path.basename(found)), meta["data_identity"],
       meta["tokenizer_identity"], base64.b64decode(meta["tokenizer"]),
     )  # fmt: skip
-  folders = {os.path.dirname(p) if os.path.isfile(p) else p
-             for p in (os.path.expanduser(p.strip()) for p in path.split(","))}  # fmt: skip
+  folders = {os.path.dirname(p) if os.path.isfile(p) else p for p in paths(path)}
   folder = folders.pop()
   own = levljepa.read_config(folder).get("jepa_vl") if not folders else None
   if own is None:
