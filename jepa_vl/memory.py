@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 REMAT = ("none", "names", "dots", "full")  # from the least recomputation to the least memory
 
-# The estimate is good to a quarter, so this share of a device's memory is planned for.
+# The estimate is good to a quarter, so this share of a device's memory is planned for; what asks
+# for the least is tried with more.
 SHARE = 0.8
 
 
@@ -152,12 +153,16 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     estimate_for: (accumulate, remat) -> bytes per device.
 
   Raises:
-    ValueError: the memory is not known, or nothing fits.
+    ValueError: the memory is not known and micro-batches are asked for, or nothing fits.
   """
+  if not bytes_limit and config.accumulate:
+    log.warning("this device does not tell its memory: model.remat=none")
+    config.model.remat = "none"
+    return
   if not bytes_limit:
     raise ValueError(
-      "accumulate=0 and model.remat='auto' ask for this device's memory, which it does not tell; "
-      "set both, for example accumulate=1 and model.remat=full"
+      "accumulate=0 asks for this device's memory, which it does not tell; set it, for example to 1 "
+      "with model.remat=full"
     )
   remats = REMAT if config.model.remat == "auto" else (config.model.remat,)
   choices = [(a, r) for a in micro_batches(config, mesh) for r in remats]
@@ -169,12 +174,12 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     f"{bytes_limit / GIB:.1f} GiB: model.remat={remat}, accumulate={accumulate} (estimated "
     f"{need[chosen] / GIB:.1f} GiB"
   )
-  if need[chosen] > SHARE * bytes_limit:
+  if need[chosen] > bytes_limit:
     ways = "Set accumulate=0 (as many micro-batches as memory asks for), lower batch_size"
     if config.accumulate == 0:
       ways = "Lower batch_size or objective.group_size (a micro-batch holds at least one group)"
     raise ValueError(
-      f"nothing fits into {SHARE:.0%} of a device's {text} at the least). {ways}, split the "
+      f"nothing fits into a device's {text} at the least). {ways}, split the "
       "parameters with mesh.fsdp, or take a smaller model.size; model.remat=full with accumulate "
       "given tries it all the same"
     )
