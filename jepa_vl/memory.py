@@ -161,7 +161,7 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     return
   if not bytes_limit:
     raise ValueError(
-      "accumulate=0 asks for this device's memory, which it does not tell; set it, for example to 1 "
+      "accumulate=0 asks for this device's memory, which it does not tell; set it, for example 1 "
       "with model.remat=full"
     )
   remats = REMAT if config.model.remat == "auto" else (config.model.remat,)
