@@ -371,3 +371,42 @@ def test_prepare_names_what_is_amiss_with_the_splits(encode, tmp_path):
     prepare(select_split="three")
   with pytest.raises(ValueError, match="evals.zeroshot.splits must be a tuple of names, got 'one'"):
     prepare(splits="one")
+
+
+def test_a_failed_evaluation_tells_what_those_before_it_found(
+  encode, variables, monkeypatch, caplog
+):
+  monkeypatch.setattr(evals.log, "propagate", True)
+  monkeypatch.setitem(evals.EVALS, "rate", lambda *_, **__: 1 / 0)
+  cfg = ConfigDict({"rank": WHERE, "rate": WHERE})
+  with pytest.raises(ZeroDivisionError):
+    evals.run_all(encode, variables, encode.mesh, cfg)
+  found = rank.run(encode, variables, encode.mesh, **WHERE)["figures"]["val/img"]
+  assert "evals.rate failed" in caplog.text and f"rank val/img {found:.4f}" in caplog.text
+
+
+LABELLED = {**WHERE, "label": "group", "train_split": "train", "select_split": ""}
+ASKED = dict(
+  source="shapes_questions", path="side=32,size=12", splits=("iid",), train_source="",
+  train_path="", train_split="train", language="", score="exact", dtype="float32",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluation, keys, words", [
+  ("knn", LABELLED | {"ks": (10, 100_000)}, r"ks=.10, 100000. must be from 1 to the \d+ images"),
+  ("head_probe", LABELLED | {"head": "deep", "features": ("cls",)}, "head must be one of linear,"),
+  ("head_probe", LABELLED | {"head": "linear", "features": ("all",)}, "features must be of cls,"),
+  ("probe", LABELLED | {"features": ("all",)}, "features must be of cls, pooled, both"),
+  ("segmentation", WHERE | {"mode": "crop"}, "mode must be one of resize, slide, got 'crop'"),
+  ("clusters", WHERE | {"mode": "crop"}, "mode must be one of resize, slide, got 'crop'"),
+  ("depth", WHERE | {"mode": "crop"}, "mode must be one of resize, slide, got 'crop'"),
+  ("depth", WHERE | {"mode": "slide", "scale": "log"}, "scale must be one of metric, median"),
+  ("vlm", ASKED | {"score": "bleu"}, "score must be one of vqa, exact, pope, got 'bleu'"),
+  ("vlm", ASKED | {"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
+  ("vlm", ASKED | {"language": "/nowhere"}, "/nowhere/config.json is no file"),
+  ("vlm", ASKED | {"source": "emoji", "path": "", "splits": ("val",)}, "language='' .* in words, "),
+])  # fmt: skip
+def test_prepare_names_keys_that_an_evaluation_would_stop_at(encode, evaluation, keys, words):
+  """At the start, not hours later, when the figures of the others are lost with it."""
+  with pytest.raises(ValueError, match=f"evals.late: {words}"):
+    evals.prepare(encode, ConfigDict({"late": {**keys, "evaluation": evaluation}}))

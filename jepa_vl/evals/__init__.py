@@ -14,6 +14,7 @@ figures, a key may come with floors and the ends of a 95% interval: the same key
 
 import inspect
 import json
+import logging
 import math
 import os
 
@@ -24,6 +25,7 @@ from jepa_vl.evals import (
   clusters,
   common,
   compositional,
+  dense,
   depth,
   head_probe,
   knn,
@@ -35,6 +37,8 @@ from jepa_vl.evals import (
   vlm,
   zeroshot,
 )
+
+log = logging.getLogger(__name__)
 
 EVALS = {
   "retrieval": retrieval.run,
@@ -49,6 +53,17 @@ EVALS = {
   "clusters": clusters.run,
   "depth": depth.run,
   "vlm": vlm.run,
+}
+
+# What raises ValueError or OSError for keys that an evaluation would stop at: (encode, keys).
+CHECKS = {
+  "probe": probes.check,
+  "head_probe": head_probe.check,
+  "knn": knn.check,
+  "segmentation": dense.check,
+  "clusters": dense.check,
+  "depth": depth.check,
+  "vlm": vlm.check,
 }
 
 
@@ -89,7 +104,7 @@ def prepare(encode, cfg):
 
   Raises:
     ValueError: a split cannot be read, is the same as another of its evaluation, or has a record
-      without a class in `label`.
+      without a class in `label`; or keys that the evaluation would stop at.
   """
   for name, keys in cfg.items():
     if isinstance(keys.splits, str):
@@ -115,6 +130,16 @@ def prepare(encode, cfg):
       if "label" in keys and encode.is_small(data):
         records = encode.split(source, path, split).records
         _check_labels(name, keys, split, records, classes)
+    _check_keys(encode, name, keys)
+
+
+def _check_keys(encode, name, keys):
+  check_keys = CHECKS.get(keys.get("evaluation", name))
+  try:
+    if check_keys:
+      check_keys(encode, keys)
+  except (ValueError, OSError) as e:
+    raise ValueError(f"evals.{name}: {e}") from e
 
 
 def _places(keys):
@@ -151,8 +176,21 @@ def run_all(encode, variables, mesh, cfg, at_end=True):
   for name in cfg:
     if at_end or cfg[name].get("when", "always") == "always":
       run, keys = _of(name, cfg[name])
-      results[name] = run(encode, variables, mesh, **keys)
+      try:
+        results[name] = run(encode, variables, mesh, **keys)
+      except Exception:
+        log.error("evals.%s failed; found before it: %s", name, _listed(results))
+        raise
   return results
+
+
+def _listed(results):
+  return ", ".join(
+    f"{name} {key} {value:.4f}"
+    for name, values in figures(results).items()
+    for key, value in values.items()
+    if not common.is_beside(key)
+  ) or "nothing"  # fmt: skip
 
 
 def figures(results):

@@ -29,8 +29,7 @@ class Dense:
   """
 
   def __init__(self, encode, where, field, *, size, mode, stride):
-    if mode not in MODES:
-      raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    _check(mode)
     self._encode, self._field = encode, field
     self.size, self._mode = size or encode.image_size, mode
     self._stride = stride or self.size
@@ -90,6 +89,16 @@ class Dense:
         total[y : y + self.size, x : x + self.size] += _upsample(part, (self.size, self.size))
         count[y : y + self.size, x : x + self.size] += 1
       yield total / count
+
+
+def check(encode, keys):
+  """Raises ValueError for a mode that `Dense` does not know."""
+  _check(keys.mode)
+
+
+def _check(mode):
+  if mode not in MODES:
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
 def shorter_side(image, size):

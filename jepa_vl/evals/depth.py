@@ -31,8 +31,7 @@ def run(
   Raises:
     ValueError: an unknown scale, or splits that cannot be read.
   """
-  if scale not in SCALES:
-    raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+  _check(scale)
   open_ = lambda split: dense.Dense(
     encode, (source, path, split), "depth", size=size, mode=mode, stride=stride
   )
@@ -59,6 +58,17 @@ def run(
     })  # fmt: skip
   sizes[train_split] = {"images": len(data[train_split]), "seed": seed, "lr": lr}
   return common.result(figures, protocol=PROTOCOL, sizes=sizes, details=details)
+
+
+def check(encode, keys):
+  """Raises ValueError for a mode or scale that `run` would stop at."""
+  dense.check(encode, keys)
+  _check(keys.scale)
+
+
+def _check(scale):
+  if scale not in SCALES:
+    raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
 
 
 def _floors(arguments, patch):

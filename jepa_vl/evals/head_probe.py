@@ -88,13 +88,8 @@ def run(
   Raises:
     ValueError: an unknown head, or features that do not go with it.
   """
-  make_head(head, 1, 0)  # an unknown one is said before anything is encoded
-  if head.startswith("attentive"):
-    if features:
-      raise ValueError(f"head={head!r} is of patch tokens: features must be (), got {features!r}")
-    features = ("tokens",)
-  else:
-    probes.check_features(features)
+  _check(head, features)  # before anything is encoded
+  features = features or ("tokens",)
   parts = dict.fromkeys((train_split, *([select_split] if select_split else []), *splits))
   data = {s: encode.split(source, path, s) for s in parts}
   y = {s: common.labels(split, label) for s, split in data.items()}
@@ -114,6 +109,19 @@ def run(
   sizes = {s: {"images": len(labels)} for s, labels in y.items()}
   sizes[train_split] |= {"seed": seed, "lr": rates}
   return common.result(figures, protocol=PROTOCOL, sizes=sizes)
+
+
+def check(encode, keys):
+  """Raises ValueError for a head or features that `run` would stop at."""
+  _check(keys.head, keys.features)
+
+
+def _check(head, features):
+  make_head(head, 1, 0)
+  if not head.startswith("attentive"):
+    probes.check_features(features)
+  elif features:
+    raise ValueError(f"head={head!r} is of patch tokens: features must be (), got {features!r}")
 
 
 def _tokens(encode, variables, split, keep):

@@ -30,10 +30,7 @@ def run(encode, variables, mesh, *, source, path, splits, label, train_split, ks
   parts = dict.fromkeys((train_split, *splits))
   found = {s: encode.features(variables, source, path, s) for s in parts}
   y = {s: common.labels(encode.split(source, path, s), label) for s in parts}
-  if not ks or min(ks) < 1 or max(ks) > len(y[train_split]):
-    raise ValueError(
-      f"ks={tuple(ks)} must be from 1 to the {len(y[train_split])} images of {train_split!r}"
-    )
+  _check(ks, len(y[train_split]), train_split)
   figures = {}
   for name in probes.FEATURES:
     bank = common.unit(found[train_split][name].astype(np.float32))
@@ -48,6 +45,19 @@ def run(encode, variables, mesh, *, source, path, splits, label, train_split, ks
         figures[f"{key}@majority"] = np.bincount(y[s]).max() / len(y[s])
   sizes = {s: {"images": len(labels)} for s, labels in y.items()}
   return common.result(figures, protocol=PROTOCOL, sizes=sizes)
+
+
+def check(encode, keys):
+  """Raises ValueError for `ks` that `run` would stop at, of a large split as far as that shows."""
+  where = (keys.source, keys.path, keys.train_split)
+  source = encode.source(*where)
+  found = encode.split(*where) if encode.is_small(source) else source
+  _check(keys.ks, len(found), keys.train_split)
+
+
+def _check(ks, count, train_split):
+  if not ks or min(ks) < 1 or max(ks) > count:
+    raise ValueError(f"ks={tuple(ks)} must be from 1 to the {count} images of {train_split!r}")
 
 
 def vote(cosines, classes, temperature):

@@ -66,6 +66,11 @@ def run(
   return common.result(figures, protocol=PROTOCOL, sizes=sizes)
 
 
+def check(encode, keys):
+  """Raises ValueError for features that `run` would stop at."""
+  check_features(keys.features)
+
+
 def check_features(features):
   """Raises ValueError for one that is not of READOUTS."""
   if not features or not set(features) <= set(READOUTS):

@@ -39,6 +39,8 @@ _DRAWS = 1000
 SCORES = {"vqa": vqa_scores.vqa_accuracy, "exact": vqa_scores.exact_match}
 SCORES["pope"] = lambda prediction, answers: float(vqa_scores.yes_or_no(prediction) == answers[0])
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of the language model's weights
+
 
 @dataclasses.dataclass
 class Questions:
@@ -89,8 +91,7 @@ def run(
   Raises:
     ValueError: an unknown score or dtype, or a split that cannot be used.
   """
-  if score not in SCORES:
-    raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+  _check(score, dtype)
   learn = (train_source or source, train_path or path, train_split)
   see = lambda where, most: _open(encode, variables, where, most, seed, pool, keep)
   train = see(learn, questions)
@@ -122,6 +123,24 @@ def run(
     examples += _examples(split, test, seen[split], blind[split])
   sizes[train_split] = {"questions": len(train.records), "left_out": train.left_out, "seed": seed}
   return common.result(figures, protocol=PROTOCOL, sizes=sizes, details=[_table(examples)])
+
+
+def check(encode, keys):
+  """Raises ValueError or FileNotFoundError for keys that `run` would stop at."""
+  _check(keys.score, keys.dtype)
+  if keys.language:
+    folder = os.path.expanduser(keys.language)
+    files.read_config(folder)
+    files.read_tokenizer(folder)
+  else:
+    where = (keys.train_source or keys.source, keys.train_path or keys.path, keys.train_split)
+    _check_told(encode.source(*where))
+
+
+def _check(score, dtype):
+  for name, value, known in (("score", score, SCORES), ("dtype", dtype, DTYPES)):
+    if value not in known:
+      raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 # --- data
@@ -188,9 +207,6 @@ def _encode(encode, variables, source, split, images, pool, keep):
 
 
 def _speaker(encode, folder, dtype, template, train, answer_tokens, mesh, seed):
-  dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-  if dtype not in dtypes:
-    raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
   if not folder:
     side = math.isqrt(train.shape[0])
     what = ("language", encode.version(train.source), side, template, answer_tokens, seed)
@@ -199,19 +215,23 @@ def _speaker(encode, folder, dtype, template, train, answer_tokens, mesh, seed):
       folder=_folder(encode, what),
     )  # fmt: skip
   folder = os.path.expanduser(folder)
-  config, params = files.read(folder, mesh, dtypes[dtype])
+  config, params = files.read(folder, mesh, DTYPES[dtype])
   # Scanned layers keep one layer's activations at a time on their way to the bridge's gradient.
-  model = language_lib.LanguageModel(config, True, "full", dtypes[dtype])
+  model = language_lib.LanguageModel(config, True, "full", DTYPES[dtype])
   return bridge_fit.Speaker(model, params, files.read_tokenizer(folder))
 
 
-def _told(source):
-  """All its records without images, and what is told of each. ValueError if nothing is."""
+def _check_told(source):
   if not hasattr(source, "told"):
     raise ValueError(
       "language='' trains a language model on the questions and their images in words, which "
       f"{source.where(0)} has none of; give a Hugging Face folder as `language`"
     )
+
+
+def _told(source):
+  """All its records without images, and what is told of each. ValueError if nothing is."""
+  _check_told(source)
   records = {i: r for i in range(len(source)) if (r := _asked(source, i)) is not None}
   return list(records.values()), [source.told(i) for i in records]
 
