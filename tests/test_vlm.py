@@ -10,6 +10,7 @@ from jepa_vl import evals, sharding
 from jepa_vl.data import sources
 from jepa_vl.data.transforms import DamagedRecord
 from jepa_vl.evals import bridge_fit, scratch_language, vlm
+from jepa_vl.model import language
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 KEYS = dict(
@@ -166,6 +167,34 @@ def test_pope_has_its_own_figures():
 def test_wrong_keys_are_said_in_words(mesh, change, words):
   with pytest.raises((ValueError, FileNotFoundError), match=words):
     vlm.run(make_encode(mesh), make_variables(), mesh, **KEYS | change)
+
+
+def test_a_prompt_longer_than_learned_positions_is_said(mesh):
+  """One that just fits is answered by numbers; one token more would be NaN."""
+  records = [{"question": "what is it ?", "answers": ["a ring"], "kind": "a"}] * 2
+  tokenizer, size = scratch_language.words(["look : so : what is it ? a ring"])
+  x = np.ones((2, 4, 6), np.float16)
+  asked = vlm.Questions(None, records, np.arange(2), 0, x, x.shape[1:])
+  how = bridge_fit.Fit(1, 2, 1e-2, 0, 0.0, 0)
+
+  def ask(length):
+    c = language.Config(
+      vocab_size=size, width=16, depth=1, heads=2, kv_heads=2, head_dim=8, hidden=16,
+      length=length, norm="layer", norm_eps=1e-5, positions="learned", mlp="gelu", qkv_bias=True,
+      out_bias=True, mlp_bias=True, tied=True,
+    )  # fmt: skip
+    model = language.LanguageModel(c, True, "none", np.float32)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), language.abstract_params(model))
+    speaker = bridge_fit.Speaker(model, params, tokenizer)
+    template = "look : {image} {question} so :"
+    return vlm.Ask(speaker, template, 3, 8, how, mesh, asked, {"test": asked}), model, params
+
+  fits, model, params = ask(2 + 4 + 6 + 3)
+  batch, opening = fits._prompts[""].batch(np.arange(2)), fits._prompts[""].opening
+  assert np.isfinite(bridge_fit.loss(model, params, np.ones((2, 4, 16)), batch, opening))
+  words = "has 14 positions, .* takes 15: 2 of the template .*, 4 of the image, 6 of the .*tokens=3"
+  with pytest.raises(ValueError, match=words):
+    ask(14)
 
 
 def test_every_split_is_opened_at_the_start(mesh, monkeypatch):

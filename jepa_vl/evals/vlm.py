@@ -240,6 +240,9 @@ class Ask:
   """(train, {split: test}, folder for checkpoints) -> {split: answers} of a bridge trained so.
 
   Compiled once, for what is seen and for zeros.
+
+  Raises:
+    ValueError: the language model's learned positions are too few.
   """
 
   def __init__(self, speaker, template, answer_tokens, hidden, how, mesh, train, tests):
@@ -255,6 +258,7 @@ class Ask:
     length = max(p.length for p in self._prompts.values())
     for prompts in self._prompts.values():
       prompts.widen(length)  # one length for all, so that one program serves all
+    _check_length(speaker.model.config, self._prompts[""], train.shape[0])
     self._bridge = bridge_lib.Bridge(width, hidden, speaker.scale, speaker.model.dtype)
     self._tx = how.optimizer()
     opening = self._prompts[""].opening
@@ -281,6 +285,19 @@ class Ask:
       )
       for split, test in tests.items()
     }  # fmt: skip
+
+
+def _check_length(c, prompts, image):
+  opening, answer = len(prompts.opening), prompts.answer.shape[1]
+  total = opening + image + prompts.length + answer
+  # Beyond them the model would say NaN; rotary positions go on.
+  if c.positions == "learned" and total > c.length:
+    raise ValueError(
+      f"the language model has {c.length} positions, and a prompt with its answer takes {total}: "
+      f"{opening} of the template before {{image}}, {image} of the image, {prompts.length} of the "
+      f"longest question and the template around it, answer_tokens={answer}. Raise pool, shorten "
+      "template or answer_tokens, or take a model with more positions"
+    )
 
 
 def _commonest(answers):
