@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import signal
+import sys
+import threading
 import time
 
 import jax
@@ -331,9 +333,11 @@ class StopSignal:
   def __enter__(self):
     for number in (signal.SIGTERM, *([] if self._at_once else [signal.SIGINT])):
       self._before[number] = signal.signal(number, self._request)
+    self._hook, sys.unraisablehook = sys.unraisablehook, self._ignored
     return self
 
   def __exit__(self, *_):
+    sys.unraisablehook = self._hook
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
@@ -343,6 +347,13 @@ class StopSignal:
     self.requested, self.name = True, signal.Signals(number).name
     if self._at_once:
       raise Stopped(f"stopped by {self.name}; the same command goes on from the last checkpoint")
+
+  def _ignored(self, found):
+    # Raised within what cannot raise, often JAX's callback of the garbage collector: once more.
+    if found.exc_type is Stopped:
+      threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+      self._hook(found)
 
 
 def evaluate(run, encode, variables, step, writer, at_end=False):

@@ -127,6 +127,19 @@ def test_a_stop_in_the_last_save_comes_before_the_final_evaluation(quick, tmp_pa
   assert (tmp_path / "checkpoints" / str(quick.steps)).is_dir()
 
 
+def test_a_stop_within_what_cannot_raise_is_not_lost(capsys):
+  """Where Python only prints "Exception ignored in", such as a callback of its collector."""
+
+  class Short:
+    def __del__(self):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(train.Stopped), train.StopSignal(at_once=True):
+    Short()
+    time.sleep(5)
+  assert not capsys.readouterr().err
+
+
 def test_a_stop_while_a_record_is_read_does_not_drop_the_record(tmp_path):
   """In the final evaluation, which would go on without it."""
 
