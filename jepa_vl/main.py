@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from jepa_vl import allocator
+from jepa_vl.stop import PREEMPTED, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run configuration.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -74,11 +75,9 @@ def main(argv):
       watch.finish()
   except KeyboardInterrupt:
     code = _failed("interrupted; the same command goes on from the last checkpoint", watch)
-  except BaseException as e:
-    if type(e).__name__ == "Stopped":  # train's, which is imported late
-      _exit(_failed(str(e), watch, 75))
-    if not isinstance(e, Exception):
-      raise
+  except Stopped as e:
+    code = _failed(str(e), watch, PREEMPTED)
+  except Exception as e:
     if watch and (_is_the_runtimes(e) or _is_the_runtimes(e.__cause__)):
       watch.explain()
     if _DEBUG.value:

@@ -6,6 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RANK = {
   "sharding": 0, "distributed": 0, "chips": 0, "allocator": 0, "compiled": 0,
+  "stop": 0,
   "metrics": 1, "workdir": 1,
   "model": 2, "optim": 2, "checkpoint": 2, "online_probe": 2,
   "state": 3, "data": 3, "objectives": 3, "interop": 3,
