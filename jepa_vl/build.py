@@ -164,8 +164,9 @@ def _fill_in(run, chip):
   if not chip:  # all processes must compile one program
     bytes_limit = min(distributed.exchange(bytes_limit or 0))
   memory.fill_in(
-    config, bytes_limit, lambda a, r: run.memory(accumulate=a, remat=r)["total"], run.mesh
-  )
+    config, bytes_limit, lambda a, r: run.memory(accumulate=a, remat=r)["total"], run.mesh,
+    refuse=chip is None,
+  )  # fmt: skip
   run.model = run.model.clone(remat=config.model.remat)
 
 

@@ -129,7 +129,7 @@ def keep_best(config):
   if not 0 < config.eval_every < config.steps:  # the last step's comes after its save
     raise ValueError(
       f"keep_best needs evaluations along the way, and eval_every={config.eval_every} gives none "
-      f"before steps={config.steps}: set eval_every from 1 to {config.steps - 1}, or keep_best=''"
+      f"before steps={config.steps}: set eval_every above 0 and below steps, or keep_best=''"
     )
 
 
@@ -297,6 +297,8 @@ def resume(meta, run, fixed_keys=FIXED_KEYS, parts=("",)):
   """
   old, new = flat(meta["config"]), flat(run.meta["config"])
   changed = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
+  if new["model.remat"] == "auto":  # not asked for yet: nothing is trained
+    changed.pop("model.remat", None)
   fixed = [k for k in fixed_keys if k in changed]
   refused = [f"{k}: {changed[k][0]} there, {changed[k][1]} here" for k in fixed]
   for what in ("data_identity", "tokenizer_identity"):

@@ -143,7 +143,7 @@ def is_open(config):
   return config.accumulate == 0 or config.model.remat == "auto"
 
 
-def fill_in(config, bytes_limit, estimate_for, mesh):
+def fill_in(config, bytes_limit, estimate_for, mesh, refuse=True):
   """Sets `accumulate` = 0 and `model.remat` = "auto" to what fits; says what was chosen.
 
   The fewest micro-batches that fit, and for these the least recomputation: recomputing changes no
@@ -151,6 +151,7 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
 
   Args:
     estimate_for: (accumulate, remat) -> bytes per device.
+    refuse: False to take the least where nothing fits: the compiler knows better.
 
   Raises:
     ValueError: the memory is not known and micro-batches are asked for, or nothing fits.
@@ -174,7 +175,7 @@ def fill_in(config, bytes_limit, estimate_for, mesh):
     f"{bytes_limit / GIB:.1f} GiB: model.remat={remat}, accumulate={accumulate} (estimated "
     f"{need[chosen] / GIB:.1f} GiB"
   )
-  if need[chosen] > bytes_limit:
+  if refuse and need[chosen] > bytes_limit:
     ways = "Set accumulate=0 (as many micro-batches as memory asks for), lower batch_size"
     if config.accumulate == 0:
       ways = "Lower batch_size or objective.group_size (a micro-batch holds at least one group)"

@@ -23,6 +23,7 @@ from jepa_vl.workdir import FEATURES, Workdir
 
 log = logging.getLogger(__name__)
 
+
 def train(config, workdir, watch=None):
   """Trains, or goes on with what the workdir holds. Returns the process's exit code.
 
@@ -157,14 +158,14 @@ def _loop(run, workdir, start, state, checkpoints, writer):
     for step in range(start, config.steps + 1):
       last = step == config.steps
       stopping = agreed(stop.requested)
-      evaluating = due(config.eval_every, step) and not last
+      evaluating = due(config.eval_every, step) and not last and not stopping
       ranked = evaluating and bool(config.keep_best)
       saving = stopping or last or due(config.checkpoint_every, step)
       if evaluating or saving:
         steps.flush(progress)  # a state that is not finite stops here, before it is saved
       pause = time.perf_counter()
       # An evaluation may fail, or be cut short; what it is kept by is known only after it.
-      if saving and (stopping or not ranked):
+      if saving and not ranked:
         checkpoints.save(step, state, run.meta)
       results = evaluate(run, encode, state.variables, step, writer) if evaluating else {}
       if ranked:

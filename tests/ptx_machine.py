@@ -1,8 +1,9 @@
 """Runs PTX on a CPU, slowly: what the compiler made of a kernel for a GPU that is not here.
 
 It knows what the kernels' PTX has. A block's threads take every instruction together, so it does
-not see a missing barrier. It does see reads and writes outside of an array or off its alignment,
-copies to shared memory that nobody waited for, and what nobody wrote: that is NaN.
+not see a missing barrier, and approximate instructions (ex2, rcp, rsqrt, div) are exact. It does
+see reads and writes outside of an array or off its alignment, copies to shared memory that nobody
+waited for, and what nobody wrote: that is NaN.
 """
 
 import itertools

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_told_and_ends_with_1(tmp_path):
   env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
   done = subprocess.run(
     [sys.executable, "-m", "jepa_vl.main", "--mode=compile", "--config=configs/vit_s.py",
-     "--topology=v5e-1", f"--workdir={tmp_path}", "--config.model.remat=none"],
+     "--topology=v5e-1", f"--workdir={tmp_path}"],
     cwd=ROOT, env=env, text=True, capture_output=True,
   )  # fmt: skip
   assert done.returncode == 1 and "does not fit: " in done.stdout, done.stdout + done.stderr

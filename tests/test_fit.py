@@ -95,6 +95,9 @@ def test_the_fewest_micro_batches_then_the_least_recomputation(vit_s, caplog, mo
   vit_s.accumulate = 2
   with pytest.raises(ValueError, match="nothing fits into .* accumulate=2 .*Set accumulate=0"):
     memory.fill_in(vit_s, 1000, need, run.mesh)
+  compiled = vit_s.copy_and_resolve_references()
+  memory.fill_in(compiled, 1000, need, run.mesh, refuse=False)
+  assert compiled.model.remat == "full"
   memory.fill_in(vit_s, None, need, run.mesh)
   assert (vit_s.accumulate, vit_s.model.remat) == (2, "none")
 

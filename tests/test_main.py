@@ -15,8 +15,9 @@ import processes
 import pytest
 from records import write
 
-from jepa_vl import main, metrics, train
-from jepa_vl.data import embedded
+from jepa_vl import main, memory, metrics, train
+from jepa_vl.build import build
+from jepa_vl.data import bench, embedded
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -198,6 +199,17 @@ def test_a_stop_where_nothing_can_be_saved_asks_to_be_started_again_too(monkeypa
   with pytest.raises(SystemExit) as e:
     main.main([""])
   assert e.value.code == train.PREEMPTED and capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_the_bench_of_the_data_is_not_refused_for_a_step_that_does_not_fit(config, monkeypatch):
+  config.mesh.data = -1
+  monkeypatch.setattr(memory, "limit", lambda device: 1)
+  monkeypatch.setattr(bench, "report", lambda run: run.model.remat)
+  monkeypatch.setattr(main, "_MODE", types.SimpleNamespace(value="bench"))
+  monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=config))
+  with pytest.raises(ValueError, match="nothing fits"):
+    build(config.copy_and_resolve_references())
+  assert main._run(None) == "none"
 
 
 @pytest.mark.slow

@@ -284,8 +284,8 @@ def _fit_words(f, gib):
 
 
 _ADVICE = (
-  "Lower batch_size or raise accumulate, set model.remat=dots or full, or split the parameters "
-  "with mesh.fsdp; --sweep tries them"
+  "Set model.remat=full, lower batch_size, raise accumulate (0: as memory asks for), or split the "
+  "parameters with mesh.fsdp; --sweep tries them"
 )
 
 

@@ -179,7 +179,7 @@ def run_all(encode, variables, mesh, cfg, at_end=True):
       try:
         results[name] = run(encode, variables, mesh, **keys)
       except Exception:
-        log.error("evals.%s failed; found before it: %s", name, _listed(results))
+        log.error("evals.%s failed; found before it, of these weights: %s", name, _listed(results))
         raise
   return results
 

@@ -110,9 +110,10 @@ class Encode:
     return self.once(("source", *key), lambda: sources.open_source(*key, self.keys))
 
   def version(self, source):
-    """What the cache knows a source by: its identity, and the sizes and times of its files.
+    """What the cache knows a source by: its identity, and the sizes and times of its `paths`.
 
-    Of the records the identity has but a sample.
+    The identity has but a sample of the records; of a table the paths are the table's own, so of
+    the images that it names that sample is all.
     """
     if not self.cache:
       return source.identity
