@@ -1,5 +1,6 @@
 """Checkpoints: damage is noticed and stepped over, and nothing that was whole is lost."""
 
+import gc
 import math
 import os
 import resource
@@ -19,6 +20,12 @@ from jepa_vl.state import TrainState
 
 # Orbax leaves an event loop open when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+  yield
+  gc.collect()  # here, where its warnings are left out, and not in the tests that come next
 
 
 def make_state(seed):
