@@ -103,7 +103,9 @@ def test_what_is_shown_of_the_inside_is_the_same(config):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), expected, found)
 
 
-@pytest.mark.parametrize("changes", [{}, {"text.readout": "last"}, {"text.length": 12}])
+@pytest.mark.parametrize("changes", [
+  {}, {"text.readout": "last"}, pytest.param({"text.length": 12}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_what_cudnn_is_given(changes, config, monkeypatch):
   """A token behind an odd number of them, and three products for one, change no number; cuDNN's
   part itself is computed by XLA here."""

@@ -68,7 +68,7 @@ def test_shapes(config):
 @pytest.mark.parametrize("changes", [
   {"model.scan": False},
   {"model.scan": False, "model.remat": "names", "model.attention": "pallas"},
-  {"model.remat": "full"},
+  pytest.param({"model.remat": "full"}, marks=pytest.mark.slow),
   pytest.param({"model.remat": "dots"}, marks=pytest.mark.slow),
   {"model.remat": "names"},
   pytest.param({"model.remat": "full", "model.scan": False}, marks=pytest.mark.slow),

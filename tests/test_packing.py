@@ -235,7 +235,8 @@ def step(config, mesh_sizes, batch, start):
 
 
 @pytest.mark.parametrize(("preset", "accumulate", "mesh_sizes"), [
-  ("", 2, MESHES[0]), ("clip", 1, MESHES[2]),
+  ("", 2, MESHES[0]),
+  pytest.param("clip", 1, MESHES[2], marks=pytest.mark.slow),
   pytest.param("siglip", 1, MESHES[0], marks=pytest.mark.slow),
   pytest.param("plus", 1, MESHES[1], marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip

@@ -94,9 +94,10 @@ def with_gradient(name, leaf):
     pytest.param("", MESHES[0], marks=pytest.mark.slow),
     *[("", sizes) for sizes in MESHES[1:]],
     ("sharded optimizer", {"data": 4, "fsdp": 1, "tensor": 2}),
-    ("unrolled", MESHES[2]),
-    pytest.param("plus", MESHES[2], marks=pytest.mark.slow),
-    *(pytest.param(p, MESHES[2], marks=pytest.mark.slow) for p in ("clip", "siglip")),
+    *(
+      pytest.param(p, MESHES[2], marks=pytest.mark.slow)
+      for p in ("unrolled", "plus", "clip", "siglip")
+    ),
   ],
   ids=str,
 )
