@@ -16,6 +16,7 @@ does not fit says "out of memory"; a loss that is no number is an error. Argumen
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -38,7 +39,7 @@ def make_config(size, rows, image_size, keys=()):
 
   c = base.get_config()
   c.model.size, c.model.image_size, c.batch_size = size, image_size, rows
-  c.objective.group_size = min(rows, c.objective.group_size)
+  c.objective.group_size = math.gcd(rows, c.objective.group_size)
   c.model.scan, c.model.remat = False, "none"
   if keys:
     from absl import flags
