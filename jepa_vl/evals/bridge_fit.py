@@ -1,5 +1,6 @@
 """What learns and answers in the VLM evaluation: prompts as arrays, the bridge's step, answers."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -180,23 +181,24 @@ def train(step, state, frozen, take, how, mesh, what, folder=""):
   """
   step = jax.jit(step, donate_argnums=0)
   saved = Checkpoints(folder, keep=1) if folder and jax.process_count() == 1 else None
-  found = saved.restore(_abstract(state), lambda meta: None) if saved else None
-  first, state = found or (0, state)
-  losses, last_saved, shards = [], time.monotonic(), sharding.batch_shards(mesh)
-  silent = True if jax.process_index() or how.steps - first < 200 else None
-  with jax.set_mesh(mesh):
-    for k in tqdm.trange(first, how.steps, desc=what, disable=silent, leave=False):
-      state, value = step(state, frozen, put(fill(take(k), shards), mesh))
-      losses.append(value)
-      if len(losses) >= _IN_FLIGHT:
-        jax.block_until_ready(losses[-_IN_FLIGHT])
-      if saved and time.monotonic() - last_saved > _SAVED:
-        saved.save(k + 1, state, {})
-        last_saved = time.monotonic()
-  if saved:
-    if first < how.steps:
+  # Closed also when stopped: a save in flight is finished first.
+  closing = contextlib.closing(saved) if saved else contextlib.nullcontext()
+  with closing:
+    found = saved.restore(_abstract(state), lambda meta: None) if saved else None
+    first, state = found or (0, state)
+    losses, last_saved, shards = [], time.monotonic(), sharding.batch_shards(mesh)
+    silent = True if jax.process_index() or how.steps - first < 200 else None
+    with jax.set_mesh(mesh):
+      for k in tqdm.trange(first, how.steps, desc=what, disable=silent, leave=False):
+        state, value = step(state, frozen, put(fill(take(k), shards), mesh))
+        losses.append(value)
+        if len(losses) >= _IN_FLIGHT:
+          jax.block_until_ready(losses[-_IN_FLIGHT])
+        if saved and time.monotonic() - last_saved > _SAVED:
+          saved.save(k + 1, state, {})
+          last_saved = time.monotonic()
+    if saved and first < how.steps:
       saved.save(how.steps, state, {})
-    saved.close()
   recent = [float(x) for x in losses[-50:]]
   log.info("%s: %d steps, loss %.4f", what, how.steps - first, np.mean(recent or [np.nan]))
   return state
