@@ -59,7 +59,8 @@ def write_tars(folder, height, width):
 
 def settings(workers):
   cfg = base.get_config().data.unlock()
-  cfg.update({"image_size": SIZE, "text_length": LENGTH, "readout": "eot"})
+  cfg.update({"image_size": SIZE, "text_length": LENGTH, "readout": "eot", "accumulate": 1})
+  cfg.update({"label": "", "classes": 0})
   cfg.workers = workers
   return cfg
 
