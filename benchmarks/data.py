@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from configs import base
+from jepa_vl import build
 from jepa_vl.data import bench, pipeline, sources, tokenizer, transforms
 
 SIZE, BATCH, SHARDS, LENGTH = 224, 64, 8, 77
@@ -58,11 +59,9 @@ def write_tars(folder, height, width):
 
 
 def settings(workers):
-  cfg = base.get_config().data.unlock()
-  cfg.update({"image_size": SIZE, "text_length": LENGTH, "readout": "eot", "accumulate": 1})
-  cfg.update({"label": "", "classes": 0})
-  cfg.workers = workers
-  return cfg
+  c = base.get_config()
+  c.model.image_size, c.text.length, c.data.workers = SIZE, LENGTH, workers
+  return build.data_config(c)
 
 
 class Tokens:

@@ -16,10 +16,9 @@ import jax
 import numpy as np
 
 from configs import base
-from jepa_vl import objectives, optim, sharding
+from jepa_vl import build, objectives, optim, sharding
 from jepa_vl import state as state_lib
 from jepa_vl import step as step_lib
-from jepa_vl.build import compute_dtype
 from jepa_vl.data import packing
 from jepa_vl.model import two_tower
 
@@ -46,10 +45,8 @@ def captions(corpus, count, length):
 
 def settings(group, tokens):
   c = base.get_config()
-  cfg = c.data.unlock()
-  cfg.packing_group, cfg.packing_tokens = group, tokens
-  cfg.text_length, cfg.accumulate = c.text.length, 1
-  return cfg
+  c.data.packing_group, c.data.packing_tokens = group, tokens
+  return build.data_config(c)
 
 
 def fill_table(batches):
@@ -79,7 +76,8 @@ def fill_table(batches):
 
 def tower_pair(c):
   return two_tower.from_config(
-    c.model, c.text, vocab_size=VOCABULARY, dtype=compute_dtype(c.model, jax.default_backend()),
+    c.model, c.text, vocab_size=VOCABULARY,
+    dtype=build.compute_dtype(c.model, jax.default_backend()),
     device=jax.devices()[0],
     scalars=objectives.learned_scalars(c.objective),
   )  # fmt: skip

@@ -49,19 +49,8 @@ class Run:
 
   @property
   def data_config(self):
-    """The `data` sub-tree with what the pipeline needs of the model's and the text's."""
-    c = self.config
-    return ConfigDict(
-      {
-        **c.data,
-        "image_size": c.model.image_size,
-        "text_length": c.text.length,
-        "readout": c.text.readout,
-        "accumulate": c.accumulate,
-        "label": c.probe.label,
-        "classes": c.probe.classes,
-      }
-    )
+    """`data_config` of this config."""
+    return data_config(self.config)
 
   @property
   def flops(self):
@@ -104,6 +93,21 @@ class Run:
       "data_identity": self.source.identity if self.source else None,
       "arrays": sharding.describe_arrays(self.abstract_state),
     }
+
+
+def data_config(config):
+  """The `data` sub-tree with what the pipeline needs of the model's and the text's."""
+  return ConfigDict(
+    {
+      **config.data,
+      "image_size": config.model.image_size,
+      "text_length": config.text.length,
+      "readout": config.text.readout,
+      "accumulate": config.accumulate,
+      "label": config.probe.label,
+      "classes": config.probe.classes,
+    }
+  )
 
 
 # What is compiled for without a tokenizer: GPT-2's.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import data, packing, step
 from jepa_vl.build import build
 from jepa_vl.data import bench
 
@@ -25,3 +26,12 @@ def test_a_chip_needs_its_flops_over_a_cores_examples():
   assert lines[-1].split() == ["a", "chip", "400", "-", "600", "4.0", "-", "6.0"]
   found["workers"] = 160.0  # of two processes, on one or two cores
   assert float(bench.table(found, 2, 1e9, (("x", 1e12),)).split()[-3]) in (5.0, 2.5)
+
+
+def test_the_benchmarks_have_the_settings_that_the_pipeline_asks_for(tmp_path, monkeypatch):
+  for name, value in (("SAMPLES", 16), ("PICTURES", 2), ("SHARDS", 2), ("BATCH", 4)):
+    monkeypatch.setattr(data, name, value)
+  data.write_tars(tmp_path, 48, 64)
+  assert next(data.ours(str(tmp_path), 0))["image"].shape == (4, 224, 224, 3)
+  packing.packing.pack(packing.captions("CC3M", 64, 77)[0], packing.settings(32, 16))
+  assert step.make_config("nano", 384, 32).objective.group_size == 128  # of 256; it divides 384
