@@ -119,6 +119,16 @@ def test_one_step_has_figures_but_no_curves(tmp_path):
   assert "<img" not in page
 
 
+@pytest.mark.parametrize("predicted", [True, False])
+def test_the_first_figures_are_predictions_where_the_objective_predicts(predicted):
+  last = {"step": 1, "cos/matched": 0.125, "cos/rolled": 0.25}
+  if predicted:
+    last |= {"cos/img_to_txt": 0.5, "cos/img_to_txt_rolled": 0.75}
+  found = re.findall(r"<dt>cosine, (\w+)</dt><dd>([\d.]+)</dd>", report._overview({}, [last]))
+  values = [float(value) for _, value in found]
+  assert values == ([0.5, 0.75] if predicted else [0.125, 0.25])
+
+
 def test_curves_leave_out_metrics_without_a_value(tmp_path):
   log(tmp_path, (1, 2))
   page = read(tmp_path, **EMPTY)

@@ -130,7 +130,11 @@ def _overview(config, metrics):
   if metrics:
     last = metrics[-1]
     facts["last logged step"] = last["step"]
-    names = {"loss": "loss", "cos/matched": "cosine, matched", "cos/rolled": "cosine, mismatched"}
+    # Of predictions, if there are any: then nothing makes the embeddings themselves alike.
+    predicted = "cos/img_to_txt" in last
+    matched, rolled = ("img_to_txt", "img_to_txt_rolled") if predicted else ("matched", "rolled")
+    names = {"loss": "loss", f"cos/{matched}": "cosine, matched"}
+    names |= {f"cos/{rolled}": "cosine, mismatched"}
     names |= {"rank/img": "effective rank, image", "rank/txt": "effective rank, text"}
     names |= {"examples_per_s": "examples/s"}
     facts |= {label: number(last[key]) for key, label in names.items() if key in last}
