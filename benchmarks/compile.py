@@ -112,7 +112,7 @@ KERNELS = (
   {"model.remat": "names"},
   {"model.attention": "pallas", "model.remat": "names"},
   {"model.attention": "pallas", "model.remat": "dots"},
-  {"model.attention": "pallas", "model.remat": "none", "model.scan": False},
+  {"model.attention": "pallas", "model.remat": "none", "model.scan": True},
 )  # fmt: skip
 
 

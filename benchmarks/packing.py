@@ -121,7 +121,7 @@ def time_table(sizes, rows, repeats):
   for size in dict.fromkeys((*sizes, "base")):
     c = base.get_config()
     c.model.size, c.batch_size, c.objective.group_size = size, rows, 0
-    c.model.scan, c.model.remat = False, "none"
+    c.model.remat = "none"
     cfg = settings(c.data.packing_group, c.data.packing_tokens)
     share = packing.rows_per_group(cfg) / cfg.packing_group
     a, b = (two_tower.forward_flops(tower_pair(c), (), n) / 1e9 for n in (1, share))

@@ -40,7 +40,7 @@ def make_config(size, rows, image_size, keys=()):
   c = base.get_config()
   c.model.size, c.model.image_size, c.batch_size = size, image_size, rows
   c.objective.group_size = math.gcd(rows, c.objective.group_size)
-  c.model.scan, c.model.remat = False, "none"
+  c.model.remat = "none"
   if keys:
     from absl import flags
 

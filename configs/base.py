@@ -47,8 +47,8 @@ def get_config():
   c.model.predict_from = "views"  # what predicts the caption in LeVLJEPA+: views (each view, as
   # release 1 computes it), mean (their mean, as the equation reads)
   c.model.patch_dropout = 0.0  # share of an image's patches that training does not look at (FLIP)
-  c.model.scan = True  # one compiled layer in a loop; False: unrolled, the same numbers, faster and
-  # longer to compile; of the last layer then only what is read
+  c.model.scan = False  # True: one compiled layer in a loop, the same numbers; compiled in half the
+  # time, but slower, because each kept array is copied, and the last layer computes what none reads
   c.model.remat = "auto"  # none, names, dots, full: what the backward pass recomputes, from nothing
   # to all; auto: as little as the device's memory, by estimate, allows
   c.model.attention = "auto"  # how attention is computed, not what it is: short, xla (any chip),

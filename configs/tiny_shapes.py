@@ -24,7 +24,6 @@ def get_config(names=""):
   c.model.embed_dim = 32
   c.model.hidden_dim = 256
   c.model.predictor_depth = 2
-  c.model.scan = False  # a fifth faster on a CPU
 
   c.text.length = 26  # the longest caption and its EOT have 25
   c.text.tokenizer = "shapes"
