@@ -165,6 +165,51 @@ ENTRY %main (x: f32[50,1024], y: f32[50,1024], k: s32[]) -> f32[50,1024] {
   assert hlo.Program(text).hbm_bytes() == pytest.approx(2 * 4096, abs=8)
 
 
+def test_a_collective_in_pieces_counts_once():
+  """As libtpu 0.0.42 writes one that goes on within the fusions of other work."""
+  gather = """all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, \
+frontend_attributes={chain_id="1"}"""
+  text = f"""HloModule m
+%begin (p: bf16[2,128]) -> (bf16[2,128], bf16[8,128]) {{
+  %p = bf16[2,128]{{1,0}} parameter(0)
+  %g = bf16[8,128]{{1,0}} {gather}
+  ROOT %c = (bf16[2,128]{{1,0}}, bf16[8,128]{{1,0}}) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}}
+%work (p: bf16[2,128], q: bf16[8,128], x: f32[1024]) -> (f32[1024], bf16[2,128], bf16[8,128]) {{
+  %p = bf16[2,128]{{1,0}} parameter(0)
+  %q = bf16[8,128]{{1,0}} parameter(1)
+  %x = f32[1024]{{0}} parameter(2)
+  %n = f32[1024]{{0}} negate(%x)
+  %g = bf16[8,128]{{1,0}} {gather}
+  ROOT %t = (f32[1024]{{0}}, bf16[2,128]{{1,0}}, bf16[8,128]{{1,0}}) tuple(%n, %p, %g)
+}}
+%end (p: bf16[2,128], q: bf16[8,128]) -> bf16[8,128] {{
+  %p = bf16[2,128]{{1,0}} parameter(0)
+  %q = bf16[8,128]{{1,0}} parameter(1)
+  %g = bf16[8,128]{{1,0}} {gather}
+  ROOT %c = bf16[8,128]{{1,0}} custom-call(%p, %q, %g), custom_call_target="AsyncCollectiveDone"
+}}
+ENTRY %main (a: bf16[2,128], x: f32[1024]) -> bf16[8,128] {{
+  %a = bf16[2,128]{{1,0}} parameter(0)
+  %x = f32[1024]{{0}} parameter(1)
+  %s = (bf16[2,128]{{1,0}}, bf16[8,128]{{1,0}}) fusion(%a), kind=kCustom, calls=%begin
+  %sp = bf16[2,128]{{1,0}} get-tuple-element(%s), index=0
+  %sq = bf16[8,128]{{1,0}} get-tuple-element(%s), index=1
+  %w = (f32[1024]{{0}}, bf16[2,128]{{1,0}}, bf16[8,128]{{1,0}}) fusion(%sp, %sq, %x), \
+kind=kOutput, calls=%work
+  %wp = bf16[2,128]{{1,0}} get-tuple-element(%w), index=1
+  %wq = bf16[8,128]{{1,0}} get-tuple-element(%w), index=2
+  ROOT %e = bf16[8,128]{{1,0}} fusion(%wp, %wq), kind=kCustom, calls=%end
+}}
+"""
+  program = hlo.Program(text)
+  (found,) = program.collectives()
+  assert (found.kind, found.bytes, found.runs) == ("all-gather", 512, 1)
+  traffic = {op.name: moved for op, moved in program.traffic()}
+  assert traffic == {"s": 512 + 512 + 2048, "w": 2 * 4096}
+
+
 def test_what_is_no_hlo_is_named():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.Program("hello")

@@ -23,6 +23,8 @@ _FREE = {
 }  # fmt: skip
 # Custom calls that only name memory: a place for a loop's results, neighbours seen as one array.
 _NAMES = ("AllocateBuffer", "ConcatBitcast")
+# A collective in pieces (TPU): the mark of each fusion that carries one, its begin and its end.
+_CHAIN, _START, _DONE = "chain_id=", '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -111,13 +113,29 @@ class Program:
     found = []
     for name, runs in self.runs.items():
       ops = self.computations[name]
-      for op in ops.values():
+      carried = self._passed_on(name)
+      for op in (o for o in ops.values() if o.name not in carried):
         kind = op.opcode.removesuffix("-start")
         between_slices = kind == "send" and "xla_megascale_runtime" in op.attributes
         if kind in COLLECTIVES or between_slices:
           size = sum(_bytes(ops[o].type) for o in op.operands)
           found.append(Collective(kind, size, _groups(op.attributes), runs))
     return found
+
+  def _passed_on(self, name):
+    """What a fusion only carries of a collective that another one has started: names, or nothing.
+
+    On TPUs a collective may go on beside other work, a piece in each of the fusions that do that
+    work: each then names the collective, its operand and its result, and moves none of them anew.
+    """
+    ops = self.computations[name].values()
+    pieces = {op.name for op in ops if op.opcode in COLLECTIVES and _CHAIN in op.attributes}
+    if not pieces or any(_START in op.attributes for op in ops):
+      return set()
+    carries = lambda op: op.name in pieces or op.opcode == "tuple" or _DONE in op.attributes
+    users = lambda o: (op for op in ops if o.name in op.operands)
+    parameters = (op for op in ops if op.opcode == "parameter")
+    return pieces | {o.name for o in parameters if all(map(carries, users(o)))}
 
   def hbm_bytes(self, *, on_chip=False):
     """Bytes that one device reads and writes in main memory: the sum of `traffic`."""
@@ -155,18 +173,25 @@ class Program:
     if not callees:
       return sum(operands) + size(op.type)
     inner = callees[0]
+    carried = self._passed_on(inner)
     read = sum(
-      min(size(ops[o].type), self._read(inner, i)) for i, o in enumerate(op.operands) if o in ops
-    )
-    return read + max(size(op.type) - self._left_alone(inner, size), 0)
+      min(size(ops[o].type), self._read(inner, i, carried))
+      for i, o in enumerate(op.operands) if o in ops
+    )  # fmt: skip
+    results = [m[0] for m in _ARRAY.finditer(op.type)]
+    if carried:  # its end has no results of its own: what it names was filled meanwhile
+      root = next(o for o in self.computations[inner].values() if o.root)
+      names = root.operands if root.opcode == "tuple" else ()
+      results = [r for o, r in zip(names, results, strict=False) if o not in carried]
+    return read + max(sum(map(size, results)) - self._left_alone(inner, size), 0)
 
-  def _read(self, name, index):
+  def _read(self, name, index, carried=()):
     """Bytes that a fusion reads of its operand `index`: all (infinity), or what it slices."""
     inner = self.computations[name]
     parameter = next(
       o for o in inner.values() if o.opcode == "parameter" and int(o.literal) == index
     )
-    return self._read_by_users(inner, parameter.name)
+    return 0 if parameter.name in carried else self._read_by_users(inner, parameter.name)
 
   def _read_by_users(self, ops, name):
     total = 0
