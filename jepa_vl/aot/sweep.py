@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 
 # One compilation takes up to about this much of the host's memory.
-_HOST_MEMORY = 7 * GIB
+_HOST_MEMORY = 8 * GIB
 
 
 def report(config, topology, workdir, name):
