@@ -48,7 +48,8 @@ def get_config():
   # release 1 computes it), mean (their mean, as the equation reads)
   c.model.patch_dropout = 0.0  # share of an image's patches that training does not look at (FLIP)
   c.model.scan = False  # True: one compiled layer in a loop, the same numbers; compiled in half the
-  # time, but slower, because each kept array is copied, and the last layer computes what none reads
+  # time, but slower, because each kept array is copied, and the last layer computes what none
+  # reads. On a CPU always, if model.remat recomputes: its compiler undoes that without a loop
   c.model.remat = "auto"  # none, names, dots, full: what the backward pass recomputes, from nothing
   # to all; auto: as little as the device's memory, by estimate, allows
   c.model.attention = "auto"  # how attention is computed, not what it is: short, xla (any chip),

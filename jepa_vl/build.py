@@ -153,6 +153,9 @@ def build(config, *, training=True, devices=None):
     return run
   if memory.is_open(config):
     _fill_in(run, None if devices is None else chips.find(devices[0].device_kind))
+  if config.model.remat != "none" and mesh.devices.flat[0].platform == "cpu":
+    # XLA for CPUs finds that it has computed that before, and keeps it, unless in another loop.
+    run.model = run.model.clone(scan=True)
   train_step = step_lib.make_train_step(
     run.model, objective, tx, seed=config.seed, accumulate=config.accumulate,
     log_every=config.log_every, probe=run.probe, shard_optimizer=config.optim.sharded,

@@ -71,17 +71,18 @@ def _row_bytes(config, model, mesh, sides, text_rows):
   images = [two_tower.image_tokens(model, side) for side in sides]
   kept = lambda n, remat: _layer_bytes(n, remat, **kwargs)
   of_towers = lambda f: (sum(f(n) for n in images), text_rows * f(model.text_length))
-  # Unrolled, the last layer keeps little, and nothing once the backward pass is at a whole one.
-  layers = depth if model.scan else depth - 1
-  total = layers * sum(of_towers(lambda n: kept(n, model.remat)))
+  # Unrolled, the last layer keeps little, and nothing once the backward pass is at a whole one;
+  # but XLA for CPUs plans for speed, and takes a tenth more than in a loop.
+  loop = model.scan or mesh.devices.flat[0].platform == "cpu"
+  total = (depth if loop else depth - 1) * sum(of_towers(lambda n: kept(n, model.remat)))
   # The backward pass of one layer holds its gradients, and the whole layer beside what was kept of
   # it: computed again, or copied out of the loop's stacks.
-  whole = model.scan or model.remat != "none"
+  whole = loop or model.remat != "none"
   held = lambda n: _gradient_bytes(n, **kwargs) + (kept(n, "none") if whole else 0)
   total += max(of_towers(held))
   total += sum(3 * side**2 * (itemsize + 4) for side in sides)  # pixels, and their patches
-  hidden = (1 + model.predictor_depth) * (len(sides) + 1)
-  total += hidden * model.hidden_dim * 3 * itemsize
+  layers = (1 + model.predictor_depth) * (len(sides) + 1)
+  total += layers * model.hidden_dim * 3 * itemsize
   return total + _objective_bytes(config)
 
 
